@@ -1,0 +1,5 @@
+"""Doctests of the library run in double precision, as the tests do."""
+
+import jax
+
+jax.config.update("jax_enable_x64", True)

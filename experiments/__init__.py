@@ -1,0 +1,1 @@
+"""The experiments of the library: `python -m experiments` lists them."""

@@ -1,0 +1,78 @@
+"""fixedgrad: the gradient of an objective that depends on the solution of a fixed-point equation.
+
+    min over λ of  f(λ) = E(w(λ), λ)      where   w(λ) = Φ(w(λ), λ)
+
+With J = ∂₁Φ, B = ∂₂Φ and b = ∇₁E at w(λ), the hypergradient is
+
+    ∇f(λ) = ∇₂E + Bᵀ v      where   (I − Jᵀ) v = b.
+
+Iterative differentiation (`itd`) differentiates the iterates w_t of a solver. Approximate implicit
+differentiation (`aid`) takes w_t from any solver, solves the linear system by k steps of a linear
+solver (`fp`, `cg`, ...), and forms ∇₂E + Bᵀ v. For a contraction with constant q both err by O(qᵗ);
+`aid` needs memory for one iterate only. `fixed_point` gives any solver one of these by decoration.
+"""
+
+from importlib.metadata import version
+
+from . import bounds as bounds
+from .adaptive import adaptive_hypergradient as adaptive_hypergradient
+from .bilevel import Bilevel as Bilevel
+from .bilevel import BilevelState as BilevelState
+from .bilevel import Record as Record
+from .bilevel import bilevel as bilevel
+from .bilevel import run as run
+from .certificate import Certificate as Certificate
+from .certificate import Reason as Reason
+from .certificate import certify as certify
+from .certified import certified as certified
+from .certified import polished as polished
+from .checks import Check as Check
+from .checks import check as check
+from .decorator import fixed_point as fixed_point
+from .diagnostics import Recommendation as Recommendation
+from .diagnostics import recommend as recommend
+from .estimators import aid as aid
+from .estimators import forward as forward
+from .estimators import itd as itd
+from .estimators import truncated_itd as truncated_itd
+from .failure import SolveFailedError as SolveFailedError
+from .failure import SolveFailedWarning as SolveFailedWarning
+from .hypergradient import Hypergradient as Hypergradient
+from .hypergradient import HypergradientInfo as HypergradientInfo
+from .hypergradient import HypergradientState as HypergradientState
+from .hypergradient import Start as Start
+from .hypergradient import cold as cold
+from .hypergradient import hypergradient as hypergradient
+from .hypergradient import warm as warm
+from .linear import bicgstab as bicgstab
+from .linear import cg as cg
+from .linear import dense as dense
+from .linear import fp as fp
+from .linear import from_lineax as from_lineax
+from .linear import gmres as gmres
+from .linear import normal_cg as normal_cg
+from .lower import CheckedSolver as CheckedSolver
+from .lower import anderson as anderson
+from .lower import checked as checked
+from .lower import from_host as from_host
+from .lower import from_optax as from_optax
+from .lower import picard as picard
+from .maps import Momentum as Momentum
+from .maps import damped as damped
+from .maps import gradient_descent as gradient_descent
+from .maps import heavy_ball as heavy_ball
+from .maps import nesterov as nesterov
+from .maps import optimal_heavy_ball as optimal_heavy_ball
+from .maps import optimal_step_size as optimal_step_size
+from .maps import proximal_gradient as proximal_gradient
+from .types import Backward as Backward
+from .types import Estimator as Estimator
+from .types import Forward as Forward
+from .types import LinearSolver as LinearSolver
+from .types import Outer as Outer
+from .types import Phi as Phi
+from .types import SolveInfo as SolveInfo
+from .types import Solver as Solver
+from .types import Status as Status
+
+__version__ = version("fixedgrad")

@@ -1,0 +1,285 @@
+"""A tolerance on the hypergradient itself: `adaptive_hypergradient`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from .certificate import Certificate, assess
+from .dual_weighted import Packed, Products, dual_weighted, lagrangian, pack, single
+from .failure import check_on_failure, enforce
+from .hypergradient import Hypergradient, HypergradientInfo, HypergradientState
+from .linear import gmres
+from .packing import partition, strongly_typed, zeros_like_inexact
+from .realify import norm, resolution
+from .types import (
+    LinearSolver,
+    OnFailure,
+    Outer,
+    Phi,
+    PyTree,
+    Scalar,
+    Status,
+    check_callable,
+    check_count,
+    check_number,
+    failed,
+    is_failure,
+    solve_info,
+    status_where,
+)
+
+tree = optax.tree
+
+_PLAIN_STEPS = 10  # Steps of Φ where a Newton step does not bring the residual down.
+_LOOSE = 0.1  # Tolerance of the solves in an estimate, and of a Newton step far from the goal.
+_MAX_ROUNDS = 20
+
+
+def _gmres(rtol: Scalar) -> LinearSolver:
+    return gmres(max_steps=1000, rtol=rtol, restart=50)
+
+
+def adaptive_hypergradient(
+    outer: Outer,
+    phi: Phi,
+    *,
+    rtol: Scalar,
+    atol: Scalar = 0.0,
+    max_products: int = 100_000,
+    linear_solver: Callable[[Scalar], LinearSolver] = _gmres,
+    safety: Scalar = 1.25,
+    on_failure: OnFailure = "nan",
+) -> Hypergradient:
+    """A hypergradient with ‖g − ∇f‖ ≤ max(rtol ‖∇f‖, atol), as estimated; it chooses t and k itself.
+
+    Each round brings w to ‖r_w‖ ≤ τ_w by Newton–Krylov steps w ← w − e_w, A e_w ≈ r_w (where one
+    does not bring the residual down, by ten steps of Φ), and v to ‖r_v‖ ≤ τ_v; then it takes the dual
+    weighted estimate of `certify`. Where the estimate is above the tolerance, the two thresholds
+    shrink in proportion to the share that each stage has in the error, and the next round goes on
+    from the corrected pair (w⁺, v⁺). The result is the corrected gradient g⁺ of the last round, while
+    the tolerance is met by the estimate for ĝ before the correction.
+
+    Every update starts from the w and v of the last one: in an outer loop most of the work is done
+    already. For a descent direction a relative error below 1 suffices: loose tolerances early are
+    sound.
+
+    Cost: measured in `state.certificate.products`; about a Newton–Krylov solve for w, one solve for v
+    and two estimates. Memory: that of the linear solver (`gmres`: 54 vectors).
+    When not to use it: where second derivatives of Φ mean nothing (kinks near the solution), or to
+    differentiate the iterations of a solver that does not converge (`itd`).
+
+    Args:
+        outer: `outer(w, lam, *args, **kwargs) -> scalar`.
+        phi: `phi(w, lam, *args, **kwargs) -> w`.
+        rtol: Relative tolerance on the hypergradient.
+        atol: Absolute tolerance on the hypergradient.
+        max_products: Bound on evaluations of Φ plus products, checked between rounds.
+        linear_solver: A function of a relative tolerance that returns a `LinearSolver`, such as
+            `lambda rtol: cg(max_steps=1000, rtol=rtol)` where J is symmetric.
+        safety: Factor on the estimate.
+        on_failure: What becomes of a gradient that missed the tolerance: "nan", "warn", "raise" or
+            "ignore". The state says how far it came in any case.
+
+    Returns:
+        The pair (`init`, `update`) of the explicit form; `state.certificate` holds the estimate.
+
+    Raises:
+        TypeError: An argument is not of its kind.
+        ValueError: Bad numbers.
+
+    >>> import fixedgrad as fg
+    >>> phi = lambda w, lam: 0.5 * jnp.cos(w) + lam
+    >>> hypergrad = fg.adaptive_hypergradient(lambda w, lam: w**2, phi, rtol=1e-6)
+    >>> grad, state = hypergrad.update(hypergrad.init(0.0, 0.3), 0.3)
+    >>> float(state.certificate.relative_error) < 1e-6
+    True
+    """
+    where = "adaptive_hypergradient"
+    check_callable(where, "outer", outer, "outer(w, lam, *args) -> scalar")
+    check_callable(where, "phi", phi, "phi(w, lam, *args) -> w")
+    check_callable(where, "linear_solver", linear_solver, "linear_solver(rtol) -> LinearSolver")
+    check_number(where, "rtol", rtol, lambda x: 0 <= x < 1, "a number in [0, 1)")
+    check_number(where, "atol", atol, lambda x: x >= 0, "a number >= 0")
+    check_number(where, "safety", safety, lambda x: x >= 1, "a number >= 1")
+    check_count(where, "max_products", max_products)
+    check_on_failure(where, on_failure)
+
+    def start(packed: Packed, w: PyTree, v: PyTree) -> _Round:
+        image, r_v, _, b = lagrangian(packed, w, v)
+        # Relative residuals of the size of the tolerance: where A is well conditioned this is enough,
+        # and one round will do.
+        goal = 0.5 * jnp.asarray(rtol, norm(w).dtype)
+        tau_w = jnp.minimum(_LOOSE * norm(tree.sub(w, image)), goal * norm(image))
+        tau_v = jnp.minimum(_LOOSE * norm(r_v), goal * norm(b))
+
+        def blank() -> Certificate:
+            return assess(
+                packed,
+                single(packed, dual_weighted(packed, w, v, linear_solver, _LOOSE)),
+                None,
+                safety,
+            )
+
+        certificate = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(blank))
+        spent = Products(jnp.int32(1), jnp.int32(0), jnp.int32(1))
+        false = jnp.asarray(False)
+        return _Round(w, v, tau_w, tau_v, certificate, spent, jnp.int32(0), false, false)
+
+    def one_round(packed: Packed, s: _Round) -> _Round:
+        w, spent = newton_krylov(packed, s.w, s.tau_w, s.products, linear_solver, max_products)
+        v, spent = _bring_down(packed, w, s.v, s.tau_v, spent, linear_solver)
+        p = dual_weighted(packed, w, v, linear_solver, _LOOSE)
+        c = single(packed, p)
+        spent = jax.tree.map(jnp.add, spent, c.products)
+        certificate = assess(packed, c, None, safety)._replace(products=spent)
+
+        dtype = certificate.error.dtype
+        tol = jnp.maximum(
+            jnp.asarray(rtol, dtype) * norm(certificate.polished), jnp.asarray(atol, dtype)
+        )
+        met = certificate.valid & (certificate.error <= tol)
+        # Half of what may remain for either stage; a stage that has it already shrinks a little, since
+        # the other one's share moves. Invalid: come closer and look again.
+        half = 0.35 * tol / jnp.asarray(safety, dtype)
+        shrink_w = jnp.minimum(0.5, half / jnp.maximum(certificate.lower_part, half))
+        shrink_v = jnp.minimum(0.9, half / jnp.maximum(certificate.linear_part, half))
+        shrink_w = jnp.where(certificate.valid, shrink_w, _LOOSE)
+        shrink_v = jnp.where(certificate.valid, shrink_v, 1.0)
+        # The pass has already brought (w, v) to (w⁺, v⁺).
+        improved = (c.left_w <= 0.5) & jnp.isfinite(certificate.error)
+        w, v = tree.where(improved & ~met, (p.w, p.v), (w, v))
+        # Twice at the floor of the dtype, or not finite: there is nothing to gain any more.
+        stuck = (certificate.at_floor & s.certificate.at_floor) | ~jnp.isfinite(norm(w))
+        return _Round(
+            w,
+            v,
+            shrink_w * p.r_w,
+            shrink_v * p.r_v,
+            certificate,
+            spent,
+            s.rounds + 1,
+            met,
+            stuck,
+        )
+
+    def unfinished(s: _Round) -> jax.Array:
+        affordable = sum(s.products) < max_products
+        return ~s.met & ~s.stuck & affordable & (s.rounds < _MAX_ROUNDS)
+
+    def update(
+        state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
+    ) -> tuple[PyTree, HypergradientState]:
+        w0, v0 = state.memory
+        packed = pack(where, outer, phi, w0, lam, args, kwargs)
+        s = start(packed, packed.w, partition(v0)[0])
+        s = lax.while_loop(unfinished, lambda s: one_round(packed, s), s)
+
+        c = s.certificate
+        missed = status_where(jnp.isfinite(c.error), Status.MAX_STEPS, Status.NON_FINITE)
+        status = status_where(s.met, Status.CONVERGED, missed)
+        lower = solve_info(s.products.phi + s.products.j, c.residual_w, status)
+        linear = solve_info(s.products.jt, c.residual_v, status)
+        grad = enforce(on_failure, "hypergradient to its tolerance", lower, c.polished)
+        w, v = packed.join_w(s.w), packed.join_w(s.v)
+        memory = tree.where(is_failure(status), state.memory, (w, v))
+        value = packed.outer(s.w, packed.x)
+        return grad, HypergradientState(
+            value, w, v, HypergradientInfo(lower, linear), memory, state.num_updates + 1, c
+        )
+
+    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
+        w0, lam = strongly_typed(w0), strongly_typed(lam)
+        memory = w0, zeros_like_inexact(w0)
+        nothing: Any = None
+        blank = HypergradientState(nothing, w0, nothing, nothing, memory, jnp.int32(0))
+        _, shapes = jax.eval_shape(update, blank, lam, *args, **kwargs)
+        empty = jax.tree.map(_empty, shapes)
+        return empty._replace(w=w0, v=memory[1], memory=memory)
+
+    return Hypergradient(init, update, outer, phi)
+
+
+class _Round(NamedTuple):
+    """The carry over rounds: the pair, its thresholds, the last certificate, what was spent."""
+
+    w: PyTree
+    v: PyTree
+    tau_w: jax.Array
+    tau_v: jax.Array
+    certificate: Certificate
+    products: Products
+    rounds: jax.Array
+    met: jax.Array
+    stuck: jax.Array
+
+
+def newton_krylov(
+    packed: Packed,
+    w: PyTree,
+    tau: jax.Array,
+    spent: Products,
+    linear_solver: Callable[[Scalar], LinearSolver],
+    max_products: int,
+) -> tuple[PyTree, Products]:
+    """Brings ‖w − Φ(w)‖ to `tau`: Newton steps with forcing terms, plain steps where they fail."""
+    floor = 16 * resolution(w)
+
+    def residual(w: PyTree) -> tuple[PyTree, jax.Array]:
+        r = tree.sub(w, packed.phi(w, packed.x))
+        return r, norm(r)
+
+    def unfinished(carry: Any) -> jax.Array:
+        w, _, size, spent = carry
+        above = size > jnp.maximum(tau, floor * norm(w))
+        return above & jnp.isfinite(size) & (sum(spent) < max_products)
+
+    def step(carry: Any) -> Any:
+        w, r, size, spent = carry
+        _, jvp = jax.linearize(lambda u: packed.phi(u, packed.x), w)
+        # No more accurate than the goal asks for, nor than a Newton step can use.
+        forcing = jnp.clip(0.5 * tau / size, 1e-4, _LOOSE)
+        e, info = linear_solver(forcing)(jvp, r)
+        newton = tree.sub(w, e)
+        r_newton, size_newton = residual(newton)
+        good = (size_newton <= 0.7 * size) & ~failed(info)
+
+        def plain() -> Any:
+            u = lax.fori_loop(0, _PLAIN_STEPS, lambda _, u: packed.phi(u, packed.x), w)
+            return u, *residual(u)
+
+        w, r, size = lax.cond(good, lambda: (newton, r_newton, size_newton), plain)
+        extra = jnp.where(good, 2, 3 + _PLAIN_STEPS).astype(jnp.int32)
+        return w, r, size, spent._replace(phi=spent.phi + extra, j=spent.j + info.num_steps + 1)
+
+    r, size = residual(w)
+    spent = spent._replace(phi=spent.phi + 1)
+    w, _, _, spent = lax.while_loop(unfinished, step, (w, r, size, spent))
+    return w, spent
+
+
+def _bring_down(
+    packed: Packed,
+    w: PyTree,
+    v: PyTree,
+    tau: jax.Array,
+    spent: Products,
+    linear_solver: Callable[[Scalar], LinearSolver],
+) -> tuple[PyTree, Products]:
+    """Brings ‖∇₁E − Aᵀv‖ to `tau` by one solve for the correction of v."""
+    _, r_v, _, _ = lagrangian(packed, w, v)
+    _, vjp = jax.vjp(lambda u: packed.phi(u, packed.x), w)
+    size = norm(r_v)
+    rtol = jnp.clip(tau / jnp.where(size > 0, size, 1.0), 1e-12, 1.0)
+    dv, info = linear_solver(rtol)(lambda u: vjp(u)[0], r_v)
+    better = jnp.isfinite(norm(dv))
+    return tree.where(better, tree.add(v, dv), v), spent._replace(
+        phi=spent.phi + 1, jt=spent.jt + info.num_steps + 2
+    )
+
+
+def _empty(s: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.full(s.shape, jnp.nan if jnp.issubdtype(s.dtype, jnp.inexact) else 0, s.dtype)

@@ -1,0 +1,237 @@
+"""The outer loop: hypergradient, optax optimiser and projection, in one jitted scan."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from .hypergradient import Hypergradient, HypergradientState
+from .packing import is_inexact, strongly_typed
+from .realify import norm
+from .types import PyTree, check_callable, check_count, check_same
+
+
+class BilevelState(NamedTuple):
+    """Everything the outer loop needs to go on: a pytree of arrays, for any checkpoint library.
+
+    Attributes:
+        lam: The outer variable λ.
+        hypergrad: The state of the hypergradient; its w, v, value and info are of the λ before `lam`.
+        optimizer: The state of the optax optimiser.
+        num_steps: Outer steps taken, int32.
+        stopped: Whether the loop has ended: a rule said so, or a hypergradient was not finite.
+    """
+
+    lam: PyTree
+    hypergrad: HypergradientState
+    optimizer: PyTree
+    num_steps: jax.Array
+    stopped: jax.Array
+
+
+class Record(NamedTuple):
+    """What one outer step shows; `run` stacks these to a history.
+
+    Attributes:
+        value: f = E(w, λ) at the λ before the step.
+        gradient_norm: ‖g(λ)‖, the norm of the hypergradient (before the projection).
+        lower_residual: ‖Φ(w) − w‖.
+        linear_residual: ‖∇₁E − (I − Jᵀ)v‖; NaN for an estimator without a linear system.
+        lower_steps: Steps of the lower-level solver.
+        linear_steps: Steps of the linear solver; 0 without one.
+        taken: Whether the step was taken; rows after an early stop were not.
+    """
+
+    value: jax.Array
+    gradient_norm: jax.Array
+    lower_residual: jax.Array
+    linear_residual: jax.Array
+    lower_steps: jax.Array
+    linear_steps: jax.Array
+    taken: jax.Array
+
+
+class Bilevel(NamedTuple):
+    """The pair of pure functions of the outer loop.
+
+    Attributes:
+        init: `init(w0, lam, *args, **kwargs) -> state`.
+        step: `step(state, *args, **kwargs) -> (state, record)`.
+    """
+
+    init: Callable[..., BilevelState]
+    step: Callable[..., tuple[BilevelState, Record]]
+
+
+def bilevel(
+    hypergrad: Hypergradient,
+    optimizer: optax.GradientTransformation,
+    *,
+    project: Callable[[PyTree], PyTree] | None = None,
+) -> Bilevel:
+    """The outer loop min over λ of f(λ): λ ← P(λ + updates), the updates by optax from g(λ).
+
+    A hypergradient that is not finite (a failed solve, by the policy of `hypergradient`) moves
+    nothing: the loop stops with the last good λ in its state. Both functions are pure and unjitted;
+    `run` puts many steps into one compiled scan.
+
+    Cost: one hypergradient update a step. Memory: the state's, and the estimator's.
+
+    Args:
+        hypergrad: The result of `hypergradient` (or anything with the same `init` and `update`).
+        optimizer: An optax optimiser; those that need the value get it as `value`.
+        project: P, `project(lam) -> lam`, such as `optax.projections.projection_box` partially
+            applied; `None` for none.
+
+    Returns:
+        The pair (`init`, `step`), a `Bilevel`.
+
+    Raises:
+        TypeError: An argument is not of its kind; when called, the projection changes λ's structure.
+
+    >>> import fixedgrad as fg
+    >>> phi = lambda w, lam: 0.5 * w + lam
+    >>> hypergrad = fg.hypergradient(
+    ...     lambda w, lam: (w - 3.0) ** 2, phi, fg.picard(phi, num_steps=50), fg.aid(fg.dense()))
+    >>> loop = fg.bilevel(hypergrad, optax.sgd(0.1))
+    >>> state, history = fg.run(loop, loop.init(0.0, 0.0), num_steps=20)
+    >>> round(float(state.lam), 3), round(float(history.value[0]), 3)
+    (1.5, 9.0)
+
+    References:
+        Grazzi et al., ICML 2020, section 3.2; Pedregosa, Hyperparameter optimization with
+        approximate gradient, ICML 2016.
+    """
+    if not (hasattr(hypergrad, "init") and hasattr(hypergrad, "update")):
+        raise TypeError(
+            "`hypergrad` of `bilevel` must have `init` and `update`, as `hypergradient(...)` returns "
+            f"them, got {hypergrad!r}."
+        )
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"`optimizer` of `bilevel` must be an optax optimiser, got {optimizer!r}; call it, as in "
+            "`optax.adam(1e-2)`."
+        )
+    if project is not None:
+        check_callable("bilevel", "project", project, "project(lam) -> lam")
+    full = optax.with_extra_args_support(optimizer)
+
+    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> BilevelState:
+        lam = strongly_typed(lam)
+        return BilevelState(
+            lam,
+            hypergrad.init(w0, lam, *args, **kwargs),
+            strongly_typed(full.init(lam)),
+            jnp.int32(0),
+            jnp.asarray(False),
+        )
+
+    def step(
+        state: BilevelState, /, *args: PyTree, **kwargs: PyTree
+    ) -> tuple[BilevelState, Record]:
+        grad, hyper = hypergrad.update(state.hypergrad, state.lam, *args, **kwargs)
+        finite = jnp.isfinite(norm(grad))
+        updates, optimizer_state = full.update(
+            grad, state.optimizer, state.lam, value=hyper.value, grad=grad
+        )
+        lam = optax.apply_updates(state.lam, updates)
+        if project is not None:
+            projected = project(lam)
+            check_same("bilevel", projected, lam, "`project(lam)`", "`lam`")
+            lam = projected
+        lam, optimizer_state = optax.tree.where(
+            finite, (lam, optimizer_state), (state.lam, state.optimizer)
+        )
+        lower, linear = hyper.info
+        nothing = jnp.full_like(lower.residual, jnp.nan)
+        record = Record(
+            hyper.value,
+            norm(grad),
+            lower.residual,
+            nothing if linear is None else linear.residual,
+            lower.num_steps,
+            jnp.int32(0) if linear is None else linear.num_steps,
+            jnp.asarray(True),
+        )
+        return BilevelState(lam, hyper, optimizer_state, state.num_steps + 1, ~finite), record
+
+    return Bilevel(init, step)
+
+
+def run(
+    loop: Bilevel,
+    state: BilevelState,
+    /,
+    *args: PyTree,
+    num_steps: int,
+    stop: Callable[[Record], jax.Array] | None = None,
+    **kwargs: PyTree,
+) -> tuple[BilevelState, Record]:
+    """`num_steps` outer steps in one jitted `lax.scan`, with their history.
+
+    Called again with the same loop and shapes it does not compile again, so a long run is a Python
+    loop over chunks, with a progress bar and a checkpoint of the state between them.
+
+    Cost: `num_steps` outer steps; none once stopped.
+
+    Args:
+        loop: The result of `bilevel`.
+        state: Its state.
+        *args: Data, passed on to outer objective, Φ and solver after λ.
+        num_steps: The number of steps.
+        stop: `stop(record) -> bool` array; true ends the loop after that step. Pass the same function
+            object again to avoid compiling again.
+        **kwargs: More data.
+
+    Returns:
+        The state after the steps, and a `Record` of arrays with one row for each step. Rows with
+        `taken` false, after an early stop, hold NaN and zeros.
+
+    Raises:
+        ValueError: `num_steps` is not a positive integer.
+
+    >>> import fixedgrad as fg
+    >>> phi = lambda w, lam: 0.5 * w + lam
+    >>> hypergrad = fg.hypergradient(
+    ...     lambda w, lam: (w - 3.0) ** 2, phi, fg.picard(phi, num_steps=50), fg.aid(fg.dense()))
+    >>> loop = fg.bilevel(hypergrad, optax.sgd(0.1))
+    >>> state, history = fg.run(
+    ...     loop, loop.init(0.0, 0.0), num_steps=100, stop=lambda record: record.value < 1e-6)
+    >>> int(state.num_steps), int(history.taken.sum())
+    (6, 6)
+    """
+    check_count("run", "num_steps", num_steps)
+    return _scan(loop, stop, num_steps, state, args, kwargs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _scan(
+    loop: Bilevel,
+    stop: Callable[[Record], jax.Array] | None,
+    num_steps: int,
+    state: BilevelState,
+    args: PyTree,
+    kwargs: PyTree,
+) -> tuple[BilevelState, Record]:
+    _, record_like = jax.eval_shape(lambda s: loop.step(s, *args, **kwargs), state)
+
+    def take(state: BilevelState) -> tuple[BilevelState, Record]:
+        state, record = loop.step(state, *args, **kwargs)
+        if stop is not None:
+            state = state._replace(stopped=state.stopped | stop(record))
+        return state, record
+
+    def skip(state: BilevelState) -> tuple[BilevelState, Record]:
+        def blank(s: jax.ShapeDtypeStruct) -> jax.Array:
+            return jnp.full(s.shape, jnp.nan if is_inexact(s) else 0, s.dtype)
+
+        return state, jax.tree.map(blank, record_like)
+
+    def body(state: BilevelState, _: None) -> tuple[BilevelState, Record]:
+        return lax.cond(state.stopped, skip, take, state)
+
+    return lax.scan(body, state, None, length=num_steps)

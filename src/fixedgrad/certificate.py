@@ -1,0 +1,293 @@
+"""How wrong is this hypergradient? `certify` answers, and corrects it: `certified`, `polished`.
+
+Notation at the computed pair (w, v): r_w = w − Φ(w, λ), A = I − J, r_v = ∇₁E − Aᵀv, ĝ = ∇₂E + Bᵀv.
+With the Lagrangian L(w, λ, v) = E(w, λ) + ⟨v, Φ(w, λ) − w⟩ these are its gradients: ∇_w L = r_v and
+∇_λ L = ĝ. Every estimate of the form ∇₂E + Bᵀv has a measurable r_v, whatever computed v.
+"""
+
+import enum
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .bounds import Constants
+from .dual_weighted import Packed, Products, Refined, pack, refine, solve_v
+from .linear import gmres
+from .packing import partition
+from .proved import bound
+from .realify import norm
+from .types import (
+    LinearSolver,
+    Outer,
+    Phi,
+    PyTree,
+    Scalar,
+    check_callable,
+    check_number,
+    check_same,
+)
+
+tree = optax.tree
+
+Level = Literal["estimate", "proved"]
+
+_MAX_PASSES = 4
+
+
+def _gmres(rtol: Scalar) -> LinearSolver:
+    return gmres(max_steps=1000, rtol=rtol, restart=50)
+
+
+class Reason(enum.IntEnum):
+    """Why a certificate is not valid. An array of it is int32; `Reason(int(c.reason))` names it."""
+
+    VALID = 0
+    """Nothing speaks against it."""
+    NON_FINITE = 1
+    """NaN or infinity in w, v, Φ, E or their derivatives."""
+    SOLVE_FAILED = 2
+    """A loose solve with A or Aᵀ missed its tolerance: A may be singular here."""
+    FAR = 3
+    """A Newton step did not bring ‖w − Φ(w)‖ down to half: w is too far from the fixed point."""
+    KINK = 4
+    """‖r_v‖ stays: J or ∇₁E jumps near w, as at another active set, or is strongly curved."""
+    REMAINDER = 5
+    """The corrections do not contract: what the last one leaves may be half of the whole."""
+    CONSTANT_CONTRADICTED = 6
+    """An observation violates one of the `Constants`."""
+
+
+class Certificate(NamedTuple):
+    """An answer to: how wrong is the hypergradient ĝ at (w, v)?
+
+    Attributes:
+        error: Level "estimate": an estimate of ‖ĝ − ∇f‖, safety factor included. Level "proved": an
+            upper bound of it, given the constants.
+        relative_error: `error` over the norm of the best gradient at hand.
+        lower_part: The share of the error that comes from w ≠ w(λ) (a norm).
+        linear_part: The share of the error that comes from (I − Jᵀ)v ≠ ∇₁E (a norm).
+        remainder: What may be wrong with g⁺, estimated; 0 at level "proved".
+        gradient: ĝ = ∇₂E + Bᵀv, or the gradient that was given.
+        polished: g⁺, the corrected hypergradient; ĝ where `valid` is false or at level "proved".
+        residual_w: ‖w − Φ(w)‖.
+        residual_v: ‖∇₁E − (I − Jᵀ)v‖.
+        products: What was spent, a `Products`.
+        valid: Whether `error` can be relied on.
+        reason: A `Reason`, int32.
+        at_floor: The residual of w is rounding: the correction brings nothing.
+        level: 0 for "estimate", 1 for "proved".
+    """
+
+    error: jax.Array
+    relative_error: jax.Array
+    lower_part: jax.Array
+    linear_part: jax.Array
+    remainder: jax.Array
+    gradient: PyTree
+    polished: PyTree
+    residual_w: jax.Array
+    residual_v: jax.Array
+    products: Products
+    valid: jax.Array
+    reason: jax.Array
+    at_floor: jax.Array
+    level: jax.Array
+
+
+def certify(
+    outer: Outer,
+    phi: Phi,
+    w: PyTree,
+    v: PyTree | None,
+    lam: PyTree,
+    /,
+    *args: PyTree,
+    level: Level = "estimate",
+    constants: Constants | None = None,
+    solve_rtol: Scalar = 0.01,
+    safety: Scalar = 1.25,
+    linear_solver: Callable[[Scalar], LinearSolver] = _gmres,
+    gradient: PyTree | None = None,
+    **kwargs: PyTree,
+) -> Certificate:
+    """How wrong is the hypergradient ĝ = ∇₂E + Bᵀv at (w, v), and what is a better one?
+
+    Level "estimate", dual-weighted residual passes, each with loose solves at the pair (w, v) so far:
+
+        e_w ≈ A⁻¹ r_w,     (h_w, h_λ) = d/dw ∇_{w,λ}L [e_w],     e_v ≈ A⁻ᵀ (h_w − r_v),
+        est = h_λ + Bᵀe_v ≈ ĝ − ∇f,      (w, v) ← (w − e_w, v − e_v).
+
+    A second pass starts at the corrected pair: its est₂ is what the first left, be it for curvature or
+    for a loose solve of an ill-conditioned system. A third and fourth, by tight solves, come only where
+    ‖est₂‖ is more than a quarter of the whole correction. With g⁺ = ∇_λ L − est at the last pair and
+    θ the ratio of the last two corrections,
+
+        error = safety (‖ĝ − g⁺‖ + ‖est_last‖ θ / (1 − θ)) + rounding.
+
+    It is an estimate. `valid` is false where something was seen that speaks against it: not finite, a
+    failed loose solve, a Newton step that does not halve ‖w − Φ(w)‖, a jump of J, corrections that
+    do not contract.
+
+    Level "proved", an upper bound from constants of the caller, with ε = ‖r_w‖/μ and L = ‖B‖:
+
+        ‖ĝ − ∇f‖ ≤ (η₂ + ν₂‖v‖) ε + ((L + ν₂ε)/μ) (‖r_v‖ + (η₁ + ν₁‖v‖) ε),
+
+    since B*ᵀv* − Bᵀv = B*ᵀ(v* − v) + (B* − B)ᵀv and A*ᵀ(v* − v) = r_v + (b* − b) + (J* − J)ᵀv. It
+    holds if the constants do, on the ball of radius ε around w; `valid` is false where an
+    observation contradicts one of them, and a constant that is wrong unseen makes it wrong.
+
+    Assumed, not checked: that the fixed point near w is the one that is meant.
+
+    Cost: "estimate": in all two solves with J and two with Jᵀ to `solve_rtol` and to its root, a rough
+    one to tell the parts apart, and eleven products; measured in `products`. "proved": two Φ and about
+    twenty products. Memory: that of the linear solver.
+    When not to use it: far from the solution of a non-convex problem (it says `FAR`); at kinks of a
+    proximal map between w and w(λ).
+
+    Args:
+        outer: `outer(w, lam, *args, **kwargs) -> scalar`.
+        phi: `phi(w, lam, *args, **kwargs) -> w`.
+        w: The lower-level iterate.
+        v: The solution of (I − Jᵀ)v = ∇₁E at w as it was computed, like w; `None` to have it computed.
+        lam: λ; the hypergradient is with respect to its inexact leaves.
+        *args: Data.
+        level: "estimate" or "proved".
+        constants: `fixedgrad.bounds.Constants` at this λ, for level "proved": `mu`, `nu1`, `nu2`,
+            `eta1`, `eta2`, `L_Phi` and, if Φ is a contraction, `q`, on the ball of radius ε around w.
+        solve_rtol: Relative tolerance of the first pass; its root is that of the second.
+        safety: Factor on the estimate.
+        linear_solver: `linear_solver(rtol) -> LinearSolver` for J and Jᵀ; by default `gmres`, right for
+            any invertible A. `lambda rtol: cg(max_steps=1000, rtol=rtol)` takes less memory where J
+            is symmetric.
+        gradient: An estimate that is not of the form ∇₂E + Bᵀv (`itd`); the error is then
+            safety (‖gradient − g⁺‖ + remainder).
+        **kwargs: More data.
+
+    Returns:
+        A `Certificate`; a pytree, under `jit`, `vmap` and `lax.scan` as well.
+
+    Raises:
+        TypeError: An argument is not of its kind or shape.
+        ValueError: An unknown level; "proved" without `constants`; bad numbers.
+
+    >>> import fixedgrad as fg
+    >>> phi = lambda w, lam: 0.5 * jnp.cos(w) + lam
+    >>> outer = lambda w, lam: w**2
+    >>> w = fg.picard(phi, num_steps=5)(0.0, 0.3)
+    >>> certificate = fg.certify(outer, phi, w, 1.0, 0.3)
+    >>> bool(certificate.valid), fg.Reason(int(certificate.reason)).name
+    (True, 'VALID')
+
+    References:
+        Becker, Rannacher, An optimal control approach to a posteriori error estimation in finite
+        element methods, Acta Numerica 2001 (dual-weighted residuals); Ehrhardt, Roberts, Analyzing
+        inexact hypergradients for bilevel learning, 2023 (a-posteriori bounds).
+    """
+    check_callable("certify", "outer", outer, "outer(w, lam, *args) -> scalar")
+    check_callable("certify", "phi", phi, "phi(w, lam, *args) -> w")
+    check_callable("certify", "linear_solver", linear_solver, "linear_solver(rtol) -> LinearSolver")
+    check_number("certify", "solve_rtol", solve_rtol, lambda x: 0 < x < 1, "a number in (0, 1)")
+    check_number("certify", "safety", safety, lambda x: x >= 1, "a number >= 1")
+    if level not in get_args(Level):
+        raise ValueError(f"`level` of `certify` must be one of {get_args(Level)}, got {level!r}.")
+    if (level == "proved") != isinstance(constants, Constants):
+        raise ValueError(
+            '`certify` needs `constants`, a `fixedgrad.bounds.Constants`, for level="proved" and for '
+            f"that level only, got level={level!r}, constants={constants!r}. They must come from "
+            "you: no finite number of products can bound the smallest singular value of I - J."
+        )
+    packed = pack("certify", outer, phi, w, lam, args, kwargs)
+    extra = jnp.int32(0)
+    if v is None:
+        v_x, extra = solve_v(packed, linear_solver(solve_rtol))
+    else:
+        check_same(
+            "certify", jax.tree.map(jnp.asarray, v), jax.tree.map(jnp.asarray, w), "`v`", "`w`"
+        )
+        v_x = partition(jax.tree.map(jnp.asarray, v))[0]
+    given = None if gradient is None else partition(gradient)[0]
+    if level == "proved":
+        assert constants is not None  # Known to pyright by now, and to us since the check above.
+        return _proved(packed, v_x, constants, given)
+    passes = refine(packed, packed.w, v_x, linear_solver, solve_rtol, _MAX_PASSES)
+    return assess(packed, passes, given, safety, extra)
+
+
+def assess(
+    packed: Packed,
+    s: Refined,
+    given: PyTree | None,
+    safety: Scalar,
+    extra_products: jax.Array | int = 0,
+) -> Certificate:
+    """The certificate of level "estimate" that follows from passes."""
+    p = s.first
+    gradient = p.gradient if given is None else given
+    whole = norm(tree.sub(p.gradient, s.end))
+    distance = norm(tree.sub(gradient, s.end))
+    error = jnp.asarray(safety, whole.dtype) * (distance + s.rest) + p.rounding
+
+    reason = jnp.int32(Reason.VALID)
+    for holds, otherwise in (
+        (jnp.maximum(s.change - whole, s.rest) <= 0.5 * whole + p.rounding, Reason.REMAINDER),
+        (s.left_v <= 0.5, Reason.KINK),
+        (s.left_w <= 0.5, Reason.FAR),
+        (s.solved, Reason.SOLVE_FAILED),
+        (jnp.isfinite(error), Reason.NON_FINITE),
+    ):
+        reason = jnp.where(holds, reason, jnp.int32(otherwise))
+    valid = reason == Reason.VALID
+    # Where all of the difference may be rounding the correction is no better than what it corrects.
+    better = valid & ((whole > p.rounding) if given is None else True)
+    polished = tree.where(better, s.end, gradient)
+    jt = s.products.jt + jnp.asarray(extra_products, jnp.int32)
+    return Certificate(
+        error=error,
+        relative_error=_relative(error, polished),
+        lower_part=norm(p.lower),
+        linear_part=norm(p.linear),
+        remainder=s.rest,
+        gradient=packed.join_x(gradient),
+        polished=packed.join_x(polished),
+        residual_w=p.r_w,
+        residual_v=p.r_v,
+        products=s.products._replace(jt=jt),
+        valid=valid,
+        reason=reason,
+        at_floor=p.r_w <= p.noise_w,
+        level=jnp.int32(0),
+    )
+
+
+def _proved(packed: Packed, v: PyTree, c: Constants, given: PyTree | None) -> Certificate:
+    """The certificate of level "proved"."""
+    b = bound(packed, v, c, given)
+    reason = jnp.where(b.holds, jnp.int32(Reason.VALID), jnp.int32(Reason.CONSTANT_CONTRADICTED))
+    reason = jnp.where(jnp.isfinite(b.error), reason, jnp.int32(Reason.NON_FINITE))
+    gradient = packed.join_x(b.gradient)
+    return Certificate(
+        error=b.error,
+        relative_error=_relative(b.error, gradient),
+        lower_part=b.lower,
+        linear_part=b.linear,
+        remainder=jnp.zeros_like(b.error),
+        gradient=gradient,
+        polished=gradient,
+        residual_w=b.residual_w,
+        residual_v=b.residual_v,
+        products=b.products,
+        valid=reason == Reason.VALID,
+        reason=reason,
+        at_floor=b.at_floor,
+        level=jnp.int32(1),
+    )
+
+
+def _relative(error: jax.Array, gradient: PyTree) -> jax.Array:
+    size = norm(gradient)
+    return jnp.where(
+        size > 0, error / jnp.where(size > 0, size, 1.0), jnp.where(error > 0, jnp.inf, 0.0)
+    )

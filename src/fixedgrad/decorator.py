@@ -1,0 +1,348 @@
+"""`fixed_point`: the decorator that gives any solver of w = Φ(w, λ) the derivatives of an estimator.
+
+The only place that touches `jax.custom_vjp` and `jax.custom_jvp`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .estimators import check_estimator, run_linear_solver
+from .failure import check_on_failure, enforce
+from .lower import solve_with_info
+from .packing import (
+    SOLVED,
+    Layout,
+    check_arrays,
+    check_phi,
+    partition,
+    phi_hint,
+    split_static,
+    zero_tangent,
+)
+from .replication import casts, hoisted, varying_axes, within_shard_map
+from .types import (
+    Estimator,
+    LinearSolver,
+    MatVec,
+    OnFailure,
+    Phi,
+    PyTree,
+    SolveInfo,
+    Solver,
+    check_callable,
+    check_same,
+    hint,
+    shapes_of,
+    show,
+)
+
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+_FROM_HOST = (
+    "`fixed_point` traces the solver, as `jax.jit` does. A solver in NumPy or SciPy, or Python code "
+    "that needs concrete values, goes through `fixedgrad.from_host`."
+)
+
+
+def fixed_point(
+    phi: Phi, estimator: Estimator, *, has_aux: bool = False, on_failure: OnFailure = "nan"
+) -> Callable[[Solver], Callable[..., PyTree]]:
+    """Gives a solver of w = Φ(w, λ) the derivatives of w(λ), as `estimator` approximates them.
+
+        w(λ) = Φ(w(λ), λ),    w'(λ) = (I − J)⁻¹ B,    J = ∂₁Φ, B = ∂₂Φ at the solver's w.
+
+    The decorated solver computes what the solver computes. `grad`, `vjp`, `jacrev`, `hessian`, `jit`
+    and `vmap` of it work, in any nesting; with `forward(estimator)` or `itd()` also `jvp`, `jacfwd`
+    and `linearize`.
+
+    - All arguments after `w0`, positional or by keyword, go to Φ as they go to the solver, and are
+      differentiated: any pytrees. Integers, booleans, PRNG keys and `None` ride along without a
+      gradient; leaves that are not arrays (functions, strings) are static.
+    - What Φ closes over is differentiated like an argument.
+    - `aid` and `truncated_itd` never differentiate the solver: a `while_loop`, a host callback or a
+      call of another library will do. The gradient with respect to `w0` is then zero by construction.
+    - The decorated solver is compiled once for given shapes. So jit's rule for closures holds: what Φ
+      and the solver close over is fixed, or traced by the transformation in which the decorated
+      solver is made. Python that needs concrete values goes through `from_host`.
+    - On several devices, arrays that are sharded stay so, and so do their gradients. Within a
+      `shard_map` Φ may hold collectives; w is then replicated along their axes. Where every device has
+      a problem of its own, start it at `jnp.zeros_like(lam)`, so that w varies as λ does.
+    - Under `vmap` a solve with a tolerance runs until its slowest element is done, the others waiting;
+      `jax.lax.map(..., batch_size=...)` runs them one after another, or in chunks of like difficulty.
+    - Products with Φ's Jacobians are taken at `jax.default_matmul_precision("highest")`, since the
+      default of some accelerators stalls linear solvers near 1e-3. A `precision` that Φ gives
+      explicitly is kept.
+
+    Assumed, not checked: that Φ has the fixed point which the solver approaches. Use `checked` or a
+    tolerance in `picard` to have that checked.
+
+    Cost: the solver's; for derivatives the estimator's. Memory: w and the arguments are kept for the
+    backward pass, nothing else (`itd`: all iterates).
+
+    Args:
+        phi: `phi(w, *args, **kwargs) -> w`.
+        estimator: `itd()`, `truncated_itd(...)`, `aid(...)`, `forward(...)`.
+        has_aux: The solver returns `(w, aux)`; so does the decorated solver, with `aux` detached: its
+            derivative is zero by construction.
+        on_failure: What becomes of derivatives when the solve behind them failed, that is missed its
+            tolerance or broke down: "nan" (each element of a batch by itself), "warn", "raise", or
+            "ignore". Exact `num_steps` never fail for lack of accuracy.
+
+    Returns:
+        A decorator of solvers `solver(w0, *args, **kwargs) -> w`.
+
+    Raises:
+        TypeError: `phi` or the solver is not callable, `estimator` is not an `Estimator`; when
+            called, Φ(w) differs from w in structure, shapes or dtypes.
+        ValueError: `on_failure` is none of the four.
+
+    >>> import fixedgrad as fg
+    >>> def phi(w, lam):
+    ...     return jnp.tanh(0.5 * w + lam)
+    >>> @fg.fixed_point(phi, fg.aid(fg.cg(num_steps=5)))
+    ... def solve(w0, lam):
+    ...     return jax.lax.fori_loop(0, 60, lambda _, w: phi(w, lam), w0)
+    >>> round(float(jax.grad(lambda lam: solve(jnp.zeros(()), lam))(0.3)), 6)
+    1.19787
+
+    References:
+        Grazzi et al., ICML 2020, equations (4), (9) and (10).
+    """
+    check_callable("fixed_point", "phi", phi, "phi(w, *args) -> w")
+    check_estimator("fixed_point", estimator)
+    check_on_failure("fixed_point", on_failure)
+    if not isinstance(has_aux, bool):
+        raise TypeError(f"`has_aux` of `fixed_point` must be a bool, got {show(has_aux)}.")
+
+    def decorate(solver: Solver) -> Callable[..., PyTree]:
+        check_callable("fixed_point", "solver", solver, "solver(w0, *args) -> w")
+        run = _unrolled if estimator.mode == "unroll" else _implicit
+
+        def call(layout: Layout, arrays: list[jax.Array]) -> PyTree:
+            w0, args, kwargs = layout.join(arrays)
+            w, aux = run(phi, solver, estimator, has_aux, on_failure, w0, args, kwargs)
+            return (w, jax.lax.stop_gradient(aux)) if has_aux else w
+
+        # A traced tolerance ties the rule to its trace: a jit of our own inside could not hold it.
+        compiled = call if estimator.traced else jax.jit(call, static_argnums=0)
+
+        @functools.wraps(solver)
+        def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+            check_arrays("fixed_point", "w0", w0)
+            return compiled(*split_static((w0, args, kwargs)))
+
+        return solve
+
+    return decorate
+
+
+def _unrolled(
+    phi: Phi,
+    solver: Solver,
+    estimator: Estimator,
+    has_aux: bool,
+    on_failure: OnFailure,
+    w0: PyTree,
+    args: PyTree,
+    kwargs: PyTree,
+) -> tuple[PyTree, PyTree]:
+    """JAX differentiates the solver's own iterations; only a failure needs a rule."""
+    del estimator
+    w, aux, info = _run(solver, has_aux, w0, args, kwargs)
+    check_phi("fixed_point", phi, w, SOLVED, args, kwargs)
+    if info is None:
+        return w, aux
+
+    @jax.custom_jvp
+    def guarded(w: PyTree, info: SolveInfo) -> PyTree:
+        del info
+        return w
+
+    @guarded.defjvp
+    def guarded_jvp(primals: Any, tangents: Any) -> Any:
+        (w, info), (w_dot, _) = primals, tangents
+        return guarded(w, info), enforce(on_failure, "lower-level solve", info, w_dot)
+
+    return guarded(w, jax.lax.stop_gradient(info)), aux
+
+
+def _implicit(
+    phi: Phi,
+    solver: Solver,
+    estimator: Estimator,
+    has_aux: bool,
+    on_failure: OnFailure,
+    w0: PyTree,
+    args: PyTree,
+    kwargs: PyTree,
+) -> tuple[PyTree, PyTree]:
+    """The estimator's rule, on functions that depend on nothing but their arguments.
+
+    The rule is installed on `apply(w0, x, rest)`: `x` are the inexact leaves of the arguments and of
+    what Φ closes over, `rest` everything else. The solution map `implicit` below has the forward rule
+    in every mode, since second derivatives differentiate the iterate w in the residuals.
+    """
+    # What Φ and the solver close over becomes an argument, so that it is differentiated, and so
+    # that Python code runs once.
+    *given, join_given = partition((args, kwargs))
+
+    def run_given(w0: PyTree, x: PyTree, rest: PyTree) -> PyTree:
+        args, kwargs = join_given(x, rest)
+        return _run(solver, has_aux, w0, args, kwargs)
+
+    def phi_given(w: PyTree, x: PyTree, rest: PyTree) -> PyTree:
+        args, kwargs = join_given(x, rest)
+        with phi_hint("fixed_point", w, args, kwargs):
+            return phi(w, *args, **kwargs)
+
+    run, run_closure = jax.closure_convert(run_given, w0, *given)
+    w_like = jax.eval_shape(lambda: run(w0, *given, *run_closure)[0])
+    with jax.default_matmul_precision("highest"):
+        image, phi_closure = jax.closure_convert(phi_given, w_like, *given)
+    got = jax.eval_shape(image, w_like, *given, *phi_closure)
+    check_same("fixed_point", got, w_like, "`phi(w, ...)`", SOLVED)
+
+    x, rest, join = partition((given, phi_closure, run_closure))
+    _, _, join_w = partition(w_like)
+
+    def run_packed(w0: PyTree, x: PyTree, rest: PyTree) -> tuple[PyTree, PyTree]:
+        given, _, closure = join(x, rest)
+        w, aux, info = run(w0, *given, *closure)
+        w_x, w_rest, _ = partition(w)
+        return w_x, (w_rest, aux, info)
+
+    def phi_packed(rest: PyTree, w_rest: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
+        def packed(w_x: PyTree, x: PyTree) -> PyTree:
+            given, closure, _ = join(x, rest)
+            return partition(image(join_w(w_x, w_rest), *given, *closure))[0]
+
+        return packed
+
+    guard_lower = functools.partial(enforce, on_failure, "lower-level solve")
+    solve = functools.partial(_implicit_solve, on_failure)
+
+    @jax.custom_jvp
+    def implicit(w0: PyTree, x: PyTree, rest: PyTree) -> tuple[PyTree, PyTree]:
+        return run_packed(w0, x, rest)  # Never differentiated.
+
+    def tangent(primals: Any, tangents: Any) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+        (w0, x, rest), (_, x_dot, _) = primals, tangents
+        w_t, extra = solved = implicit(w0, x, rest)
+        primals, tangents = (w0, x), (zero_tangent(w0), x_dot)
+        phi = phi_packed(rest, extra[0])
+        out = estimator.jvp(phi, lambda *_: solved, primals, tangents, solve)
+        w_dot = guard_lower(extra[2], out.w_dot)
+        return w_t, out.w, extra, (w_dot, zero_tangent(extra))
+
+    @implicit.defjvp
+    def implicit_jvp(primals: Any, tangents: Any) -> Any:
+        w_t, _, extra, extra_dot = tangent(primals, tangents)
+        return (w_t, extra), extra_dot
+
+    def fwd(w0: PyTree, x: PyTree, rest: PyTree) -> Any:
+        _, extra = solved = implicit(w0, x, rest)
+        phi = phi_packed(rest, extra[0])
+        w, extra, residuals = estimator.fwd(phi, lambda *_: solved, w0, x)
+        return (w, extra), (residuals, rest, extra[0], extra[2])
+
+    def bwd(kept: Any, bars: Any) -> Any:
+        (residuals, rest, w_rest, info), (w_bar, _) = kept, bars
+        back = estimator.bwd(phi_packed(rest, w_rest), residuals, w_bar, solve)
+        return None, guard_lower(info, back.args_bar), None
+
+    if estimator.mode == "reverse":
+        apply = jax.custom_vjp(lambda *operands: fwd(*operands)[0])
+        apply.defvjp(fwd, bwd)
+    else:
+        apply = jax.custom_jvp(lambda *operands: fwd(*operands)[0])
+
+        @apply.defjvp
+        def apply_jvp(primals: Any, tangents: Any) -> Any:
+            _, w, extra, out_dot = tangent(primals, tangents)
+            return (w, extra), out_dot
+
+    w_x, (w_rest, aux, _) = apply(w0, x, rest)
+    return join_w(w_x, w_rest), aux
+
+
+def _run(
+    solver: Solver, has_aux: bool, w0: PyTree, args: PyTree, kwargs: PyTree
+) -> tuple[PyTree, PyTree, SolveInfo | None]:
+    """(w, aux, info) of a solver; `aux` is `()` without `has_aux`."""
+    with hint(*_NEEDS_VALUES, text=lambda: _FROM_HOST):
+        out, info = solve_with_info(solver, w0, *args, **kwargs)
+    if out is None or (has_aux and not (isinstance(out, tuple) and len(out) == 2)):
+        wanted = "the pair `(w, aux)`, since `has_aux=True`" if has_aux else "w"
+        raise TypeError(
+            f"The solver under `fixed_point` must return {wanted}, got {shapes_of(out)}."
+        )
+    w, aux = out if has_aux else (out, ())
+    check_arrays("fixed_point", "w", w)
+    check_arrays("fixed_point", "aux", aux)
+    return jax.tree.map(jnp.asarray, w), aux, info
+
+
+def _implicit_solve(
+    on_failure: OnFailure, linear_solver: LinearSolver, matvec: MatVec, b: PyTree
+) -> tuple[PyTree, None]:
+    """(I − M) x = b with its own derivative rule, in both modes, and with the policy inside.
+
+    From (I − M) x = b follows (I − M) ẋ = ḃ + Ṁ x; `lax.custom_linear_solve` differentiates so, and
+    transposes to (I − Mᵀ). The policy is applied within each of these solves: outside, its factor
+    would depend on the tangent, and JAX could not transpose the tangent map any more.
+    """
+
+    def solve_with(matvec: MatVec) -> Callable[[PyTree], PyTree]:
+        def solve(rhs: PyTree) -> PyTree:
+            # M, not the I − M that `custom_linear_solve` offers: x − (x − M x) would lose digits.
+            x, info = run_linear_solver(linear_solver, matvec, rhs)
+            return enforce(on_failure, "linear solve of the derivative", info, x)
+
+        return solve
+
+    def transpose(matvec: MatVec) -> MatVec:
+        return lambda u: jax.linear_transpose(matvec, b)(u)[0]
+
+    def residual(matvec: MatVec) -> MatVec:
+        return lambda u: jax.tree.map(jnp.subtract, u, matvec(u))
+
+    if not within_shard_map():
+        x = lax.custom_linear_solve(
+            residual(matvec),
+            b,
+            lambda _, rhs: solve_with(matvec)(rhs),
+            lambda _, rhs: solve_with(transpose(matvec))(rhs),
+        )
+        return x, None
+
+    # With sharded data and replicated w, the products vary over devices inside and end in a sum over
+    # them. `custom_linear_solve` knows one type only: if anything varies, everything does. So all
+    # that enters or leaves it wears that type, and is taken back to its own inside, where the
+    # products are: one collective a solve for each array, none more a product.
+    apply, consts = hoisted(matvec, b)
+    axes = varying_axes((consts, b))
+    of_consts, of_b = casts(consts, axes), casts(b, axes)
+    consts = of_consts.varying(consts)
+
+    def inside(rule: Callable[[MatVec], MatVec]) -> MatVec:
+        def wrapped(u: PyTree) -> PyTree:
+            matvec = functools.partial(apply, of_consts.own(consts))
+            return of_b.varying(rule(matvec)(of_b.own(u)))
+
+        return wrapped
+
+    x = lax.custom_linear_solve(
+        inside(residual),
+        of_b.varying(b),
+        lambda _, rhs: inside(solve_with)(rhs),
+        lambda _, rhs: inside(lambda matvec: solve_with(transpose(matvec)))(rhs),
+    )
+    return of_b.own(x), None

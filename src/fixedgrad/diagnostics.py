@@ -1,0 +1,397 @@
+"""What kind of problem is this, and which estimator suits it? `recommend` measures.
+
+It runs outside `jit`, prints well, and measures rather than guesses: products are counted by solving
+the linear system at hand with every method that applies.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from .adaptive import newton_krylov
+from .dual_weighted import Packed, Products, pack, ratio
+from .estimators import aid, itd
+from .linear import cg, dense, fp, gmres, normal_cg
+from .packing import strongly_typed
+from .realify import norm, realified, resolution
+from .types import (
+    Estimator,
+    LinearSolver,
+    Outer,
+    Phi,
+    PyTree,
+    Scalar,
+    Status,
+    check_callable,
+    check_number,
+    failed,
+)
+
+tree = optax.tree
+
+_PROBES = 3
+_POWER_STEPS = 100
+_MAX_STEPS = 5000
+
+
+class Alternative(NamedTuple):
+    """One way to the hypergradient, measured on this problem.
+
+    Attributes:
+        name: How it is written.
+        estimator: It, ready to use.
+        usable: Whether it reached the tolerance without a breakdown.
+        products: Products with J or Jᵀ that it took (`itd`: predicted from ρ(J)).
+        cost: The same in single products, where a blocked product costs less.
+        memory: Memory in units of w.
+        why: One clause.
+    """
+
+    name: str
+    estimator: Estimator
+    usable: bool
+    products: int
+    cost: float
+    memory: int
+    why: str
+
+
+class Recommendation(NamedTuple):
+    """What `recommend` found.
+
+    Attributes:
+        estimator: The recommended estimator, ready to use.
+        name: How it is written.
+        reasons: Why, in sentences.
+        warnings: What to beware of, in sentences.
+        alternatives: Every method tried, cheapest first.
+        size: Real unknowns d in w.
+        spectral_radius: ρ(J) at the solution, estimated from below by power iteration.
+        norm: ‖J‖, the same way; the local contraction constant in the Euclidean norm.
+        symmetric: Whether J is symmetric to the precision of random probes.
+        definite: Whether I − J is positive definite (its symmetric part, estimated).
+        condition: Condition number of I − J where J is symmetric, else NaN; estimated from below.
+        residual: ‖Φ(w) − w‖ where all of this was measured.
+        flops: Floating-point operations of Φ and of one product with Jᵀ, by the compiler's count.
+    """
+
+    estimator: Estimator
+    name: str
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
+    alternatives: tuple[Alternative, ...]
+    size: int
+    spectral_radius: float
+    norm: float
+    symmetric: bool
+    definite: bool
+    condition: float
+    residual: float
+    flops: tuple[float, float]
+
+    def __str__(self) -> str:
+        lines = [f"recommended: {self.name}", *(f"  because {r}" for r in self.reasons)]
+        lines += [f"  warning: {w}" for w in self.warnings]
+        symmetric = "symmetric" if self.symmetric else "not symmetric"
+        lines.append(
+            f"  d = {self.size}, rho(J) = {self.spectral_radius:.4g}, |J| = {self.norm:.4g}, "
+            f"J {symmetric}, condition of I - J = {self.condition:.3g}, "
+            f"|Phi(w) - w| = {self.residual:.2g}"
+        )
+        lines.append(f"  {'method':<46} {'usable':<7} {'products':>8} {'cost':>8} {'memory/w':>9}")
+        for a in self.alternatives:
+            usable = "yes" if a.usable else "no"
+            products = f"{a.products}" if a.products < _MAX_STEPS else "-"
+            lines.append(
+                f"  {a.name:<46} {usable:<7} {products:>8} {a.cost:>8.0f} {a.memory:>9}  {a.why}"
+            )
+        return "\n".join(lines)
+
+
+def recommend(
+    outer: Outer,
+    phi: Phi,
+    w0: PyTree,
+    lam: PyTree,
+    /,
+    *args: PyTree,
+    rtol: float = 1e-3,
+    key: jax.Array | None = None,
+    **kwargs: PyTree,
+) -> Recommendation:
+    """Which estimator suits this problem, why, and at what cost.
+
+    Solves the lower level (Newton–Krylov), estimates ρ(J) and ‖J‖ by power iteration, the symmetry of
+    J by random probes, the extreme eigenvalues where it is symmetric, and then solves
+    (I − Jᵀ)v = ∇₁E to `rtol` by every method that applies, counting products. The rule: the cheapest
+    that succeeded, `dense` counted at a quarter of a product a column and 2d³/3 operations; `itd` where
+    Φ has no fixed point near or is not a contraction and nothing else succeeded.
+
+    Estimates from power iteration are lower bounds of what they estimate. What cannot be measured:
+    whether λ enters the solver in other ways than through Φ; then use `itd`.
+
+    Cost: some hundreds of products; it compiles. Not under `jit`. Memory: that of `gmres`, and of
+    `dense` for d ≤ 2048.
+
+    Args:
+        outer: `outer(w, lam, *args, **kwargs) -> scalar`.
+        phi: `phi(w, lam, *args, **kwargs) -> w`.
+        w0: Where the lower-level solve starts.
+        lam: λ.
+        *args: Data.
+        rtol: Relative tolerance for the linear system.
+        key: A PRNG key for the probes; by default `jax.random.key(0)`.
+        **kwargs: More data.
+
+    Returns:
+        A `Recommendation`; print it.
+
+    Raises:
+        TypeError: An argument is not of its kind or shape.
+        ValueError: `rtol` is not in (0, 1).
+
+    >>> phi = lambda w, lam: 0.5 * w + lam
+    >>> advice = recommend(lambda w, lam: jnp.sum(w**2), phi, jnp.zeros(3), jnp.ones(3))
+    >>> advice.symmetric, round(advice.spectral_radius, 3), advice.warnings
+    (True, 0.5, ())
+    """
+    check_callable("recommend", "outer", outer, "outer(w, lam, *args) -> scalar")
+    check_callable("recommend", "phi", phi, "phi(w, lam, *args) -> w")
+    check_number("recommend", "rtol", rtol, lambda x: 0 < x < 1, "a number in (0, 1)")
+    key = jax.random.key(0) if key is None else key
+    w0, lam = strongly_typed(w0), strongly_typed(lam)
+    packed = pack("recommend", outer, phi, w0, lam, args, kwargs)
+    w, residual, failed = solve_lower(packed, min(rtol, 1e-6))
+    facts = _measure(packed, w, key)
+    size = int(tree.size(realified(w)[0](w)))
+    alternatives = [
+        _try(packed, w, name, solver, memory, why, size, rtol, facts.flops_product)
+        for name, solver, memory, why in _candidates(facts, size, rtol)
+    ]
+    alternatives.append(_unrolled(facts, rtol))
+    alternatives.sort(key=lambda a: (not a.usable, a.cost))
+    best = alternatives[0]
+    implicit = [a for a in alternatives if a.usable and a.name != _ITD]
+    if implicit and not failed:
+        best = implicit[0]
+    warnings = _warnings(facts, residual, failed)
+    reasons = [f"it took {best.products} products to {rtol:g}, the cheapest that succeeded"]
+    if best.name == _ITD:
+        reasons = ["no linear method succeeded here; it differentiates what is computed"]
+    elif best.why:
+        reasons.append(best.why)
+    return Recommendation(
+        best.estimator,
+        best.name,
+        tuple(reasons),
+        tuple(warnings),
+        tuple(alternatives),
+        size,
+        facts.radius,
+        facts.norm,
+        facts.symmetric,
+        facts.definite,
+        facts.condition,
+        float(residual),
+        (facts.flops_phi, facts.flops_product),
+    )
+
+
+_ITD = "itd()"
+
+
+class _Facts(NamedTuple):
+    radius: float
+    norm: float
+    symmetric: bool
+    definite: bool
+    smallest: float
+    largest: float
+    condition: float
+    flops_phi: float
+    flops_product: float
+
+
+def solve_lower(packed: Packed, rtol: float) -> tuple[PyTree, jax.Array, bool]:
+    """(w, ‖Φ(w) − w‖, whether it failed) by Newton–Krylov, to `rtol` ‖Φ(w)‖ or to the floor."""
+
+    @jax.jit
+    def solve(w: PyTree) -> tuple[PyTree, jax.Array, jax.Array]:
+        spent = Products(*(jnp.int32(0) for _ in range(3)))
+        image = packed.phi(w, packed.x)
+        tau = rtol * norm(image)
+
+        def solver(rtol: Scalar) -> LinearSolver:
+            return gmres(max_steps=500, rtol=rtol, restart=50)
+
+        w, _ = newton_krylov(packed, w, tau, spent, solver, 20_000)
+        image = packed.phi(w, packed.x)
+        size = norm(tree.sub(w, image))
+        floor = 64 * resolution(w) * norm(image)
+        return w, size, ~(size <= jnp.maximum(rtol * norm(image), floor))
+
+    w, size, failed = solve(packed.w)
+    return w, size, bool(failed)
+
+
+def _measure(packed: Packed, w: PyTree, key: jax.Array) -> _Facts:
+    """Spectral facts of J at w."""
+    _, jvp = jax.linearize(lambda u: packed.phi(u, packed.x), w)
+    to_real, from_real = realified(w)
+
+    def j(u: PyTree) -> PyTree:
+        return to_real(jvp(from_real(u)))
+
+    real = to_real(w)
+    transpose = jax.linear_transpose(j, real)
+    probes = [tree.random_like(k, real) for k in jax.random.split(key, 2 * _PROBES)]
+
+    def power(operator: Callable[[PyTree], PyTree]) -> tuple[jax.Array, jax.Array]:
+        """(growth per step over the last half, ⟨u, M u⟩) of power iteration."""
+
+        def step(carry: tuple[PyTree, jax.Array], i: jax.Array):
+            u, log = carry
+            u = operator(u)
+            size = norm(u)
+            alive = size > 0
+            u = tree.scale(jnp.where(alive, 1 / jnp.where(alive, size, 1.0), 0.0), u)
+            growth = jnp.where(alive, jnp.log(jnp.where(alive, size, 1.0)), -jnp.inf)
+            return (u, log + jnp.where(i >= _POWER_STEPS // 2, growth, 0.0)), None
+
+        u = tree.scale(1 / norm(probes[0]), probes[0])
+        start = u, jnp.zeros((), norm(u).dtype)
+        (u, log), _ = lax.scan(step, start, jnp.arange(_POWER_STEPS))
+        growth = jnp.exp(log / (_POWER_STEPS - _POWER_STEPS // 2))
+        return growth, jnp.asarray(tree.vdot(u, operator(u)))
+
+    @jax.jit
+    def spectrum() -> tuple[jax.Array, ...]:
+        radius, _ = power(j)
+        squared, _ = power(lambda u: transpose(j(u))[0])
+        big = jnp.sqrt(squared)
+        skew = jnp.zeros_like(big)
+        for a, b in zip(probes[:_PROBES], probes[_PROBES:], strict=True):
+            left, right = (jnp.asarray(tree.vdot(*p)) for p in ((a, j(b)), (j(a), b)))
+            scale = norm(a) * norm(j(b)) + norm(j(a)) * norm(b)
+            skew = jnp.maximum(skew, ratio(jnp.abs(left - right), scale))
+
+        # Extreme eigenvalues of the symmetric part S, by power iteration on ‖J‖I ± S.
+        def part(sign: float) -> Callable[[PyTree], PyTree]:
+            def operator(u: PyTree) -> PyTree:
+                s = tree.scale(0.5 * sign, tree.add(j(u), transpose(u)[0]))
+                return tree.add_scale(s, big, u)
+
+            return operator
+
+        return radius, big, skew, power(part(1.0))[1] - big, big - power(part(-1.0))[1]
+
+    radius, big, skew, largest, smallest = map(float, spectrum())
+    symmetric = skew <= 100 * resolution(w) ** 0.75
+    definite = largest < 1
+    condition = (1 - smallest) / (1 - largest) if symmetric and definite else math.nan
+
+    def flops(function: Callable[..., PyTree], *operands: PyTree) -> float:
+        analysis = jax.jit(function).lower(*operands).compile().cost_analysis()
+        return float((analysis or {}).get("flops", math.nan))
+
+    return _Facts(
+        radius,
+        big,
+        symmetric,
+        definite,
+        smallest,
+        largest,
+        condition,
+        flops(packed.phi, w, packed.x),
+        flops(lambda u: transpose(u)[0], real),
+    )
+
+
+def _candidates(facts: _Facts, size: int, rtol: float):
+    """(name, solver, memory, why) of the methods that apply."""
+    limits = f"max_steps={_MAX_STEPS}, rtol={rtol:g}"
+    if size <= 2048:
+        yield "aid(dense())", dense(), size, "d is small enough for a direct solve"
+    if facts.symmetric and facts.definite:
+        why = "J is symmetric and I - J positive definite"
+        yield f"aid(cg({limits}))", cg(max_steps=_MAX_STEPS, rtol=rtol), 5, why
+    why = "right for any invertible I - J"
+    yield f"aid(gmres({limits}))", gmres(max_steps=_MAX_STEPS, rtol=rtol), 34, why
+    if facts.radius < 1:
+        why = f"fixed-point steps contract by about {facts.radius:.3g}"
+        yield f"aid(fp({limits}))", fp(max_steps=_MAX_STEPS, rtol=rtol), 2, why
+    why = "right for any invertible I - J, in little memory"
+    yield f"aid(normal_cg({limits}))", normal_cg(max_steps=_MAX_STEPS, rtol=rtol), 5, why
+
+
+def _try(
+    packed: Packed,
+    w: PyTree,
+    name: str,
+    solver: LinearSolver,
+    memory: int,
+    why: str,
+    size: int,
+    rtol: float,
+    flops_product: float,
+) -> Alternative:
+    """Solves (I − Jᵀ)v = ∇₁E at w with one method, and counts."""
+
+    @jax.jit
+    def solve(w: PyTree):
+        b = jax.grad(packed.outer)(w, packed.x)
+        _, vjp = jax.vjp(lambda u: packed.phi(u, packed.x), w)
+        _, info = solver(lambda u: vjp(u)[0], b)
+        return info, norm(b)
+
+    info, scale = solve(w)
+    usable = not bool(failed(info)) and bool(info.residual <= 2 * rtol * scale)
+    status = Status(int(info.status))
+    products = int(info.num_steps) + 1
+    cost = float(products)
+    if name == "aid(dense())":
+        products = size
+        cubic = (2 / 3) * size**3 / flops_product if flops_product > 0 else 0.0
+        cost = 0.25 * size + cubic
+    elif "normal_cg" in name:
+        products, cost = 2 * products, 2 * cost
+    return Alternative(
+        name, aid(solver), usable, products, cost, memory, why if usable else status.name
+    )
+
+
+def _unrolled(facts: _Facts, rtol: float) -> Alternative:
+    rate = facts.radius
+    steps = math.ceil(math.log(rtol) / math.log(rate)) if 0 < rate < 1 else _MAX_STEPS
+    why = "reverse mode through a loop of static length; holds all iterates"
+    return Alternative(_ITD, itd(), True, max(steps, 1), float(max(steps, 1)), max(steps, 1), why)
+
+
+def _warnings(facts: _Facts, residual: jax.Array, failed: bool) -> list[str]:
+    found = []
+    if failed:
+        found.append(
+            f"the lower level was not solved (|Phi(w) - w| = {float(residual):.2g}); what follows "
+            "holds at the point reached"
+        )
+    if facts.radius >= 1:
+        found.append(
+            f"Phi is not a contraction here (rho(J) = {facts.radius:.3g}): `picard` and `fp` diverge"
+        )
+    elif facts.norm >= 1:
+        found.append(
+            f"Phi does not contract in the Euclidean norm (|J| = {facts.norm:.3g}): errors may grow "
+            "before they shrink"
+        )
+    if not facts.symmetric:
+        found.append("J is not symmetric: `cg` would be wrong")
+    elif facts.smallest < -1:
+        found.append(f"J has the eigenvalue {facts.smallest:.3g} below -1: a step size above 2/L")
+    if facts.largest >= 1:
+        found.append("I - J is not positive definite: is the lower level at a minimum?")
+    return found

@@ -1,0 +1,342 @@
+"""Dual-weighted passes at (w, v): one Newton step on both residuals of the bilevel problem each.
+
+With A = I − J and the Lagrangian L(w, λ, v) = E(w, λ) + ⟨v, Φ(w, λ) − w⟩ the gradients of L are the
+residual r_v = ∇₁E − Aᵀv and the hypergradient ĝ = ∇₂E + Bᵀv. One Newton step on both residuals,
+
+    e_w = A⁻¹ r_w,    (h_w, h_λ) = d/dw ∇_{w,λ}L [e_w],    e_v = A⁻ᵀ (h_w − r_v),
+
+gives w⁺ = w − e_w, v⁺ = v − e_v and, to first order, ĝ − ∇f = h_λ + Bᵀe_v.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from .packing import partition
+from .realify import norm, resolution
+from .types import LinearSolver, Outer, Phi, PyTree, Scalar, check_same, check_scalar, failed
+
+tree = optax.tree
+
+_ROUNDING = 4.0  # Residuals below this many eps are taken for rounding.
+_ROUGH = 0.3  # Tolerance of solves that have to get the size right.
+
+
+class Products(NamedTuple):
+    """What was spent: evaluations of Φ, products with J, products with Jᵀ; int32."""
+
+    phi: jax.Array
+    j: jax.Array
+    jt: jax.Array
+
+
+class Packed(NamedTuple):
+    """Φ and E on the inexact leaves (w, x) alone, and how to get the pytrees back."""
+
+    phi: Callable[[PyTree, PyTree], PyTree]
+    outer: Callable[[PyTree, PyTree], jax.Array]
+    w: PyTree
+    x: PyTree
+    join_w: Callable[[PyTree], PyTree]
+    join_x: Callable[[PyTree], PyTree]
+
+
+class Pass(NamedTuple):
+    """What one pass at (w, v) gives; sizes are norms.
+
+    Attributes:
+        gradient: ĝ at (w, v).
+        lower: h_λ + BᵀA⁻ᵀh_w, the error that comes from w (with `split`, else all of it).
+        linear: −BᵀA⁻ᵀr_v, the error that comes from v (with `split`, else zero).
+        w: w⁺.
+        v: v⁺.
+        r_w: ‖w − Φ(w)‖.
+        r_v: ‖∇₁E − Aᵀv‖.
+        right: ‖r_v‖ + ‖h_w‖, the right-hand sides of e_v.
+        noise_w: What of `r_w` may be rounding.
+        noise_v: What of `right` may be rounding.
+        noise: What of ‖ĝ‖ may be rounding.
+        products: A `Products`.
+        solved: Whether the loose solves succeeded.
+    """
+
+    gradient: PyTree
+    lower: PyTree
+    linear: PyTree
+    w: PyTree
+    v: PyTree
+    r_w: jax.Array
+    r_v: jax.Array
+    right: jax.Array
+    noise_w: jax.Array
+    noise_v: jax.Array
+    noise: jax.Array
+    products: Products
+    solved: jax.Array
+
+    @property
+    def rounding(self) -> jax.Array:
+        """What of the error at (w, v) may be rounding, amplified as the residuals are."""
+        amplified = ratio(norm(self.lower) * self.noise_w, self.r_w)
+        return amplified + ratio(norm(self.linear) * self.noise_v, self.right) + self.noise
+
+
+class Refined(NamedTuple):
+    """What one or several passes from (w, v) say of the error there.
+
+    Attributes:
+        first: The first `Pass`.
+        end: The corrected gradient after the last pass.
+        change: The size of the last correction.
+        rest: What may be wrong with `end`, estimated.
+        left_w: The largest ratio of ‖w − Φ(w)‖ after a pass to that before, rounding aside.
+        left_v: Ratio of ‖r_v‖ after the last pass but one to ‖r_v‖ + ‖h_w‖ before, rounding aside.
+            The equation for v is linear: where w comes closer, v follows.
+        products: Of all passes.
+        solved: Whether all loose solves succeeded.
+    """
+
+    first: Pass
+    end: PyTree
+    change: jax.Array
+    rest: jax.Array
+    left_w: jax.Array
+    left_v: jax.Array
+    products: Products
+    solved: jax.Array
+
+
+def pack(
+    where: str, outer: Outer, phi: Phi, w: PyTree, lam: PyTree, args: PyTree, kwargs: PyTree
+) -> Packed:
+    """Φ and E as functions of inexact leaves, checked."""
+    w, lam = jax.tree.map(jnp.asarray, (w, lam))
+    check_same(where, jax.eval_shape(phi, w, lam, *args, **kwargs), w, "`phi(w, ...)`", "`w`")
+    check_scalar(where, jax.eval_shape(outer, w, lam, *args, **kwargs))
+    w_x, w_rest, join_w = partition(w)
+    x, lam_rest, join_lam = partition(lam)
+
+    def packed_phi(w_x: PyTree, x: PyTree) -> PyTree:
+        with jax.default_matmul_precision("highest"):
+            image = phi(join_w(w_x, w_rest), join_lam(x, lam_rest), *args, **kwargs)
+        return partition(image)[0]
+
+    def packed_outer(w_x: PyTree, x: PyTree) -> jax.Array:
+        return outer(join_w(w_x, w_rest), join_lam(x, lam_rest), *args, **kwargs)
+
+    return Packed(
+        packed_phi,
+        packed_outer,
+        w_x,
+        x,
+        lambda w_x: join_w(w_x, w_rest),
+        lambda x: join_lam(x, lam_rest),
+    )
+
+
+def lagrangian(packed: Packed, w: PyTree, v: PyTree) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+    """(Φ(w), r_v, ĝ, ∇₁E) at (w, v): ∇_w L = r_v = ∇₁E − v + Jᵀv and ∇_λ L = ĝ = ∇₂E + Bᵀv."""
+    b, direct = jax.grad(packed.outer, argnums=(0, 1))(w, packed.x)
+    image, vjp = jax.vjp(packed.phi, w, packed.x)
+    jt_v, bt_v = vjp(v)
+    return image, tree.add(tree.sub(b, v), jt_v), tree.add(direct, bt_v), b
+
+
+def solve_v(packed: Packed, solver: LinearSolver) -> tuple[PyTree, jax.Array]:
+    """V of (I − Jᵀ)v = ∇₁E at w, by two solves of `solver`, and the products spent."""
+    b = jax.grad(packed.outer)(packed.w, packed.x)
+    _, vjp = jax.vjp(packed.phi, packed.w, packed.x)
+
+    def product(u: PyTree) -> PyTree:
+        return vjp(u)[0]
+
+    v, first = solver(product, b)
+    rest = tree.sub(b, tree.sub(v, product(v)))
+    dv, second = solver(product, rest)
+    return tree.add(v, dv), first.num_steps + second.num_steps + 3
+
+
+def dual_weighted(
+    packed: Packed,
+    w: PyTree,
+    v: PyTree,
+    linear_solver: Callable[[Scalar], LinearSolver],
+    rtol: Scalar,
+    split: bool | jax.Array = True,
+) -> Pass:
+    """One pass at (w, v).
+
+    Args:
+        packed: Φ and E.
+        w: Where.
+        v: Where.
+        linear_solver: From a relative tolerance to a solver.
+        rtol: Tolerance of the solves; that for e_v is relative to ‖r_v‖ + ‖h_w‖.
+        split: Whether the parts of the error are wanted: one rough solve more.
+    """
+
+    # ∇L and Φ in one linearisation: its tangent gives J and h, its transpose is not needed.
+    def gradients(u: PyTree) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+        return lagrangian(packed, u, v)
+
+    (image, r_v, g, b), tangent = jax.linearize(gradients, w)
+    _, vjp = jax.vjp(packed.phi, w, packed.x)
+    eps = _ROUNDING * resolution(w)
+    noise_w = eps * (norm(w) + norm(image))
+    r_w = tree.sub(w, image)
+    # A residual below the noise says nothing, zero least of all: noise of that size takes its place.
+    at_floor = norm(r_w) <= noise_w
+    r_w = tree.where(at_floor, tree.add(r_w, _random_rounding(w, eps)), r_w)
+    e_w, of_w = linear_solver(rtol)(lambda u: tangent(u)[0], r_w)
+    _, h_w, h_x, _ = tangent(e_w)
+
+    # Of the two right-hand sides the second only serves to tell the parts apart: a rough solve.
+    right = norm(r_v) + norm(h_w)
+    apart = jnp.asarray(split)
+    rows = jax.tree.map(
+        lambda h, r: jnp.stack([h - r, jnp.where(apart, h, jnp.zeros_like(h))]), h_w, r_v
+    )
+    rtols = jnp.asarray(rtol, right.dtype) * jnp.ones(2, right.dtype)
+    rtols = rtols.at[1].set(_ROUGH)
+
+    def solve(row: tuple[PyTree, jax.Array, jax.Array]) -> tuple[PyTree, jax.Array, jax.Array]:
+        b, rtol, whole = row
+        relative = jnp.minimum(ratio(rtol * whole, norm(b)), 1.0)
+        x, info = linear_solver(relative)(lambda u: vjp(u)[0], b)
+        return x, info.num_steps, failed(info)
+
+    solved, steps, lost = lax.map(solve, (rows, rtols, jnp.stack([right, norm(h_w)])))
+    from_both, from_h = (jax.tree.map(lambda x, i=i: x[i], solved) for i in (0, 1))
+    lower = tree.add(h_x, vjp(from_h)[1])
+    linear = tree.sub(vjp(from_both)[1], vjp(from_h)[1])
+    one = jnp.int32(1)
+    # Φ is linearised once; ∇L, its tangent (J and the second derivative), and Bᵀ for each part.
+    products = Products(
+        one,
+        of_w.num_steps + one,
+        jnp.sum(steps, dtype=jnp.int32) + 3 * one + apart.astype(jnp.int32),
+    )
+    return Pass(
+        g,
+        lower,
+        linear,
+        tree.sub(w, e_w),
+        tree.sub(v, from_both),
+        norm(r_w),
+        norm(r_v),
+        right,
+        noise_w,
+        eps * (norm(b) + 2 * norm(v)),
+        eps * (norm(g) + norm(vjp(v)[1])),
+        products,
+        ~(failed(of_w) | jnp.any(lost)),
+    )
+
+
+def refine(
+    packed: Packed,
+    w: PyTree,
+    v: PyTree,
+    linear_solver: Callable[[Scalar], LinearSolver],
+    rtol: Scalar,
+    max_passes: int,
+) -> Refined:
+    """Passes from (w, v) until one changes the gradient by less than a quarter of all change.
+
+    At least two: the second one starts at the corrected pair, linearises there, and measures what
+    the first left, whether by a loose solve, by curvature or by a kink. This is Newton's method
+    with Deuflhard's test, the size of the next correction, in the norm of the hypergradient.
+    """
+
+    def run(i: jax.Array, w: PyTree, v: PyTree) -> Pass:
+        # The second pass only has to show what the first left: a looser solve will do. There is a third
+        # where much was left: A is so ill-conditioned that loose solves miss it, or w is far.
+        tol = jnp.asarray(rtol, norm(w).dtype)
+        tol = jnp.stack([tol, jnp.sqrt(tol), tol**2])[jnp.minimum(i, 2)]
+        return dual_weighted(packed, w, v, linear_solver, tol, i == 0)
+
+    def body(carry: tuple[jax.Array, Pass, Refined]) -> tuple[jax.Array, Pass, Refined]:
+        i, before, s = carry
+        p = run(i, *tree.where(i == 0, (w, v), (before.w, before.v)))
+        first = tree.where(i == 0, p, s.first)
+        correction = tree.add(p.lower, p.linear)
+        end = tree.sub(p.gradient, correction)
+        change = norm(correction)
+        later = i > 0
+        noise_w, noise_v = 2 * first.noise_w, 2 * first.noise_v
+        left_w = jnp.maximum(s.left_w, ratio(jnp.maximum(p.r_w - noise_w, 0.0), before.r_w))
+        left_v = ratio(jnp.maximum(p.r_v - noise_v, 0.0), before.right)
+        theta = ratio(change, s.change)
+        # The geometric series of the corrections to come.
+        rest = change * jnp.minimum(theta, 1.0) / jnp.maximum(1 - theta, 0.1)
+        zero = jnp.zeros_like(change)
+        return (
+            i + 1,
+            p,
+            Refined(
+                first,
+                end,
+                change,
+                jnp.where(later, rest, change),
+                jnp.where(later, left_w, zero),
+                jnp.where(later, left_v, zero),
+                jax.tree.map(jnp.add, s.products, p.products),
+                s.solved & p.solved,
+            ),
+        )
+
+    def unfinished(carry: tuple[jax.Array, Pass, Refined]) -> jax.Array:
+        i, _, s = carry
+        whole = norm(tree.sub(s.first.gradient, s.end))
+        large = (s.change > 0.25 * whole + s.first.rounding) | (s.left_v > 0.5)
+        hopeful = s.solved & (s.left_w <= 0.5) & jnp.isfinite(s.change)
+        return (i < 2) | ((i < max_passes) & large & hopeful)
+
+    def blank() -> tuple[Pass, Refined]:
+        p = run(jnp.int32(0), w, v)
+        x = p.r_w
+        return p, Refined(p, p.gradient, x, x, x, x, p.products, p.solved)
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(blank))
+    before, s = zeros
+    start = (jnp.int32(0), before, s._replace(solved=jnp.asarray(True)))
+    return lax.while_loop(unfinished, body, start)[2]
+
+
+def single(packed: Packed, p: Pass) -> Refined:
+    """What one pass says, with one evaluation at (w⁺, v⁺) in place of a second pass."""
+    image, r_v, end, _ = lagrangian(packed, p.w, p.v)
+    correction = tree.add(p.lower, p.linear)
+    r_w = norm(tree.sub(p.w, image))
+    one = jnp.int32(1)
+    return Refined(
+        p,
+        end,
+        norm(correction),
+        norm(tree.sub(end, tree.sub(p.gradient, correction))),
+        ratio(jnp.maximum(r_w - 2 * p.noise_w, 0.0), p.r_w),
+        ratio(jnp.maximum(norm(r_v) - 2 * p.noise_v, 0.0), p.right),
+        p.products._replace(phi=p.products.phi + one, jt=p.products.jt + one),
+        p.solved,
+    )
+
+
+def ratio(part: Any, whole: jax.Array) -> jax.Array:
+    """Part / whole; 0 where there is nothing of either, 1 where only the whole is missing."""
+    safe = jnp.where(whole > 0, whole, 1.0)
+    return jnp.where(whole > 0, part / safe, jnp.where(jnp.asarray(part) > 0, 1.0, 0.0))
+
+
+def _random_rounding(w: PyTree, eps: float) -> PyTree:
+    leaves, treedef = jax.tree.flatten(w)
+    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
+
+    def noise(key: jax.Array, x: jax.Array) -> jax.Array:
+        signs = jax.random.rademacher(key, x.shape, jnp.int32)
+        return 0.5 * eps * x * signs.astype(x.dtype)
+
+    return treedef.unflatten([noise(k, x) for k, x in zip(keys, leaves, strict=True)])

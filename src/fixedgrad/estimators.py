@@ -1,0 +1,289 @@
+"""Estimators of the hypergradient: `itd`, `truncated_itd`, `aid`, and `forward` for either mode.
+
+An estimator approximates the products of w'(λ) = (I − J)⁻¹ B with a cotangent or a tangent, where
+J = ∂₁Φ and B = ∂₂Φ. To add one, write a function that returns an `Estimator`, and one row of the
+table `ESTIMATORS` in `tests/problems.py`.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .types import (
+    Backward,
+    Estimator,
+    Forward,
+    LinearSolver,
+    MatVec,
+    PyTree,
+    Solve,
+    SolveInfo,
+    check_callable,
+    check_count,
+    check_same,
+    hint,
+    show,
+)
+
+PackedPhi = Callable[[PyTree, PyTree], PyTree]
+PackedSolver = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+_REVERSE_ITD = (
+    "`itd()` differentiates the solver's own loop, in reverse mode here: give the solver `num_steps` "
+    "in place of `max_steps`, or take `aid(...)`, which does not differentiate the solver."
+)
+
+
+def itd() -> Estimator:
+    """Iterative differentiation: the derivative of the solver's own iterations.
+
+        w_t(λ) as the solver computes it,    λ̄ = w_t'(λ)ᵀ w̄.
+
+    For w_{i+1} = Φ(wᵢ, λ) and q the contraction constant of Φ(·, λ), the error of the hypergradient is
+    at most (c₁ + c₂ t/q + c₃) qᵗ. The gradient with respect to the starting point w₀ is that of
+    the iterations too, not zero.
+
+    JAX differentiates the solver, in reverse and in forward mode; `forward` changes nothing. Reverse
+    mode needs a loop of static length, such as `picard` with `num_steps`; for a `while_loop` JAX has
+    forward mode only.
+
+    Cost: reverse, about t products with Jᵀ, forward t products with J for each tangent. Memory:
+    reverse, all t iterates; forward 2 w for each tangent, whatever t.
+    When not to use it: for large t in reverse mode (memory), or for a solver that JAX cannot
+    differentiate; `aid` needs neither.
+
+    Returns:
+        An `Estimator`.
+
+    >>> import fixedgrad as fg
+    >>> phi = lambda w, lam: 0.5 * w + lam
+    >>> solve = fg.fixed_point(phi, fg.itd())(fg.picard(phi, num_steps=3))
+    >>> float(jax.grad(lambda lam: solve(0.0, lam))(1.0))  # 1 + 1/2 + 1/4
+    1.75
+
+    References:
+        Grazzi et al., ICML 2020, Algorithm 1 and Theorem 2.1.
+    """
+
+    def fwd(phi: PackedPhi, solver: PackedSolver, w0: PyTree, args: PyTree) -> Any:
+        del phi  # Only the solver is differentiated.
+        w, vjp, extra = jax.vjp(solver, w0, args, has_aux=True)
+        return w, extra, vjp
+
+    def bwd(phi: PackedPhi, residuals: PyTree, w_bar: PyTree, solve: Solve) -> Backward:
+        del phi, solve
+        with hint(ValueError, text=lambda: _REVERSE_ITD):
+            w0_bar, args_bar = residuals(w_bar)
+        return Backward(w0_bar, args_bar, None, None)
+
+    def jvp(
+        phi: PackedPhi, solver: PackedSolver, primals: Any, tangents: Any, solve: Solve
+    ) -> Forward:
+        del phi, solve
+        return Forward(*jax.jvp(solver, primals, tangents, has_aux=True))
+
+    return Estimator(fwd, bwd, jvp, "unroll")
+
+
+def truncated_itd(*, num_steps: int) -> Estimator:
+    """Truncated iterative differentiation: k more steps of Φ, and only these are differentiated.
+
+        u₀ = w_t (cut),  uᵢ₊₁ = Φ(uᵢ, λ),  w = u_k,    λ̄ = (∂u_k/∂λ)ᵀ w̄.
+
+    With `num_steps=1` this is one-step differentiation, λ̄ = B(w_t)ᵀ w̄. At a fixed point it equals
+    `aid(fp(num_steps=k))`: the error is of order qᵏ however large t is. Any solver will do. The
+    gradient with respect to the starting point is zero by construction. Second derivatives apply the
+    same truncation to the derivative of w_t.
+
+    Cost: k more evaluations of Φ forward, as many again and k products backward. Memory: k iterates
+    in the backward pass only.
+    When not to use it: when the error qᵏ of a small k matters; `aid(cg(...))` costs as much.
+
+    Args:
+        num_steps: k, the number of differentiated steps.
+
+    Returns:
+        An `Estimator`.
+
+    Raises:
+        ValueError: `num_steps` is not a positive integer.
+
+    >>> import fixedgrad as fg
+    >>> phi = lambda w, lam: 0.5 * w + lam
+    >>> solve = fg.fixed_point(phi, fg.truncated_itd(num_steps=1))(fg.picard(phi, num_steps=50))
+    >>> float(jax.grad(lambda lam: solve(0.0, lam))(1.0))
+    1.0
+
+    References:
+        Shaban, Cheng, Hatch, Boots, Truncated Back-propagation for Bilevel Optimization, AISTATS
+        2019; Bolte, Pauwels, Vaiter, One-step differentiation of iterative algorithms, NeurIPS 2023.
+    """
+    check_count("truncated_itd", "num_steps", num_steps)
+
+    def iterate(phi: PackedPhi, w: PyTree, args: PyTree) -> PyTree:
+        return lax.fori_loop(0, num_steps, lambda _, u: phi(u, args), w)
+
+    def fwd(phi: PackedPhi, solver: PackedSolver, w0: PyTree, args: PyTree) -> Any:
+        w, extra = solver(w0, args)
+        return iterate(phi, w, args), extra, (w, args)
+
+    def bwd(phi: PackedPhi, residuals: PyTree, w_bar: PyTree, solve: Solve) -> Backward:
+        del solve
+        w, args = residuals
+        _, vjp = jax.vjp(lambda a: iterate(phi, w, a), args)
+        return Backward(None, vjp(w_bar)[0], None, None)
+
+    def jvp(
+        phi: PackedPhi, solver: PackedSolver, primals: Any, tangents: Any, solve: Solve
+    ) -> Forward:
+        del solve
+        (w0, args), (_, args_dot) = primals, tangents
+        w, extra = solver(w0, args)
+        w, w_dot = jax.jvp(lambda a: iterate(phi, w, a), (args,), (args_dot,))
+        return Forward(w, w_dot, extra)
+
+    return Estimator(fwd, bwd, jvp, "reverse")
+
+
+def aid(linear_solver: LinearSolver) -> Estimator:
+    """Approximate implicit differentiation: a linear system at the last iterate.
+
+    At the lower-level iterate w ≈ w(λ), with J = ∂₁Φ(w, λ) and B = ∂₂Φ(w, λ),
+
+        reverse   (I − Jᵀ) v = w̄,     λ̄ = Bᵀ v,
+        forward   (I − J) ẇ = B λ̇.
+
+    The solver of the lower level is never differentiated: it may be any code. The gradient with
+    respect to its starting point is zero by construction: w(λ) does not depend on it. Second and
+    higher derivatives are implicit too.
+
+    Cost: the products of the linear solver with Jᵀ (J), one with Bᵀ (B), one linearisation of Φ.
+    Memory: w and the vectors of the linear solver, whatever the number of iterations.
+    When not to use it: where Φ has no unique fixed point near w, or is far from it and not a
+    contraction; there `itd` at least differentiates what was computed.
+
+    Args:
+        linear_solver: `fp`, `cg`, `normal_cg`, `gmres`, `bicgstab`, `dense`, or any function of the
+            same signature `(matvec, b, x0=None) -> (x, info)`.
+
+    Returns:
+        An `Estimator`.
+
+    Raises:
+        TypeError: `linear_solver` does not take (matvec, b).
+
+    >>> import fixedgrad as fg
+    >>> phi = lambda w, lam: 0.5 * w + lam
+    >>> solve = fg.fixed_point(phi, fg.aid(fg.fp(num_steps=3)))(fg.picard(phi, num_steps=50))
+    >>> float(jax.grad(lambda lam: solve(0.0, lam))(1.0))  # 1 + 1/2 + 1/4, of 2
+    1.75
+
+    References:
+        Grazzi et al., ICML 2020, Algorithm 2 and Theorem 2.2; Pedregosa, Hyperparameter
+        optimization with approximate gradient, ICML 2016.
+    """
+    check_linear_solver("aid", linear_solver)
+
+    def fwd(phi: PackedPhi, solver: PackedSolver, w0: PyTree, args: PyTree) -> Any:
+        del phi  # Only the backward pass linearises Φ.
+        w, extra = solver(w0, args)
+        return w, extra, (w, args)
+
+    def bwd(phi: PackedPhi, residuals: PyTree, w_bar: PyTree, solve: Solve) -> Backward:
+        w, args = residuals
+        _, phi_vjp = jax.vjp(phi, w, args)  # Linearise Φ once, for every product below.
+        v, info = solve(linear_solver, lambda u: phi_vjp(u)[0], w_bar)
+        return Backward(None, phi_vjp(v)[1], v, info)
+
+    def jvp(
+        phi: PackedPhi, solver: PackedSolver, primals: Any, tangents: Any, solve: Solve
+    ) -> Forward:
+        (w0, args), (_, args_dot) = primals, tangents
+        w, extra = solver(w0, args)
+        _, phi_jvp = jax.linearize(phi, w, args)
+        w_zero, args_zero = jax.tree.map(jnp.zeros_like, (w, args))
+        b = phi_jvp(w_zero, args_dot)
+        w_dot, _ = solve(linear_solver, lambda u: phi_jvp(u, args_zero), b)
+        return Forward(w, w_dot, extra)
+
+    return Estimator(fwd, bwd, jvp, "reverse", getattr(linear_solver, "traced", False))
+
+
+def forward(estimator: Estimator) -> Estimator:
+    """The same estimate with every derivative mode: `jvp`, `jacfwd` and `linearize` work as well.
+
+    `fixed_point` then installs the forward rule as a `jax.custom_jvp`; JAX derives the reverse mode
+    by transposing its linear solve, which runs the same linear solver on Jᵀ. So `grad` gives the same
+    numbers as without `forward`, to rounding.
+
+    Cost: as the estimator's; forward mode one solve for each tangent. Memory: as the estimator's in
+    reverse mode; `itd` in forward mode holds no iterates.
+    When not to use it: nothing speaks against it but that the rule is no longer a `jax.custom_vjp`.
+
+    Args:
+        estimator: `itd()`, `truncated_itd(...)`, `aid(...)` or another `Estimator`.
+
+    Returns:
+        An `Estimator`.
+
+    Raises:
+        TypeError: `estimator` is not an `Estimator`.
+
+    >>> import fixedgrad as fg
+    >>> phi = lambda w, lam: 0.5 * w + lam
+    >>> solve = fg.fixed_point(phi, fg.forward(fg.aid(fg.dense())))(fg.picard(phi, num_steps=50))
+    >>> float(jax.jacfwd(lambda lam: solve(0.0, lam))(1.0))
+    2.0
+    """
+    check_estimator("forward", estimator)
+    return estimator if estimator.mode == "unroll" else estimator._replace(mode="forward")
+
+
+def check_estimator(where: str, estimator: object) -> None:
+    """Raises `TypeError` unless `estimator` is an `Estimator`."""
+    if not isinstance(estimator, Estimator):
+        raise TypeError(
+            f"`estimator` of `{where}` must be an `Estimator` such as `itd()` or `aid(cg(...))`, got "
+            f"{show(estimator)}. Call a factory, as in `itd()`; a linear solver goes inside: "
+            "`aid(cg(num_steps=10))`."
+        )
+
+
+def check_linear_solver(where: str, linear_solver: object) -> None:
+    """Raises `TypeError` unless `linear_solver` is a function that takes (matvec, b)."""
+    check_callable(
+        where, "linear_solver", linear_solver, "linear_solver(matvec, b, x0=None) -> (x, info)"
+    )
+    try:
+        inspect.signature(linear_solver).bind(None, None)  # pyright: ignore[reportArgumentType]
+    except ValueError:  # No signature to be had.
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"`linear_solver` of `{where}` must take `(matvec, b, x0=None)`, got "
+            f"{show(linear_solver)}: {error}. Call a factory, as in `cg(num_steps=10)`."
+        ) from None
+
+
+def run_linear_solver(
+    linear_solver: LinearSolver, matvec: MatVec, b: PyTree, *x0: PyTree
+) -> tuple[PyTree, SolveInfo]:
+    """(x, info) of any linear solver.
+
+    Raises:
+        TypeError: It did not return a pair, x is not like b, or info is not a `SolveInfo`.
+    """
+    out = linear_solver(matvec, b, *x0)
+    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], SolveInfo)):
+        raise TypeError(
+            "`linear_solver` of `aid` must return a pair `(x, info)` with info a `SolveInfo`, got "
+            f"{show(out)}. It solves (I - M) x = b from products with M: the solvers of `jax.scipy` "
+            "do something else, those of lineax go through `from_lineax`."
+        )
+    check_same("aid", out[0], b, "`x`, of the linear solver's `(x, info)`", "`b`")
+    return out

@@ -1,0 +1,96 @@
+"""What becomes of a result whose solve failed: one policy for every stage, under every transform."""
+
+import warnings
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .types import OnFailure, PyTree, SolveInfo, Status, failed
+
+
+class SolveFailedError(RuntimeError):
+    """A solve failed under `on_failure="raise"`.
+
+    It is raised on the host while a compiled program runs, so JAX hands it on as a
+    `jax.errors.JaxRuntimeError`; the message is in its text.
+    """
+
+
+class SolveFailedWarning(UserWarning):
+    """A solve failed under `on_failure="warn"`."""
+
+
+_REMEDY = {
+    Status.MAX_STEPS: "raise `max_steps`, loosen `rtol`/`atol`, or start closer",
+    Status.DIVERGED: "the map is not a contraction here: damp it (`fixedgrad.damped`), shorten its "
+    "step, or use `cg`, `gmres` or `dense`, which do not need rho(J) < 1",
+    Status.INDEFINITE: "I - M is not positive definite: use `gmres`, `bicgstab`, `normal_cg` or "
+    "`dense`, and check that the lower level is at a minimum",
+    Status.NOT_SYMMETRIC: "M is not symmetric: use `gmres`, `bicgstab`, `normal_cg`, `fp` or "
+    "`dense`, or give AID the plain gradient-descent map",
+    Status.SINGULAR: "I - M is singular: w(lambda) is not differentiable or not unique here; "
+    "regularise the lower level",
+    Status.NOT_RUN: "the solver says that it did not converge",
+    Status.NON_FINITE: "NaN or infinity appeared: check `phi` and the solver at this point",
+}
+
+
+def check_on_failure(where: str, on_failure: object) -> None:
+    """Raises `ValueError` unless `on_failure` is one of the four policies."""
+    if on_failure not in get_args(OnFailure):
+        raise ValueError(
+            f"`on_failure` of `{where}` must be one of {get_args(OnFailure)}, got {on_failure!r}."
+        )
+
+
+def describe(stage: str, info: SolveInfo) -> str:
+    """One sentence about a failed solve: which, why, residual, tolerance, steps, what to try."""
+    status = Status(int(info.status))
+    wanted = f" (tolerance {float(info.tolerance):.3g})" if info.tolerance > 0 else ""
+    return (
+        f"the {stage} failed: {status.name} after {int(info.num_steps)} steps, residual "
+        f"{float(info.residual):.3g}{wanted}; {_REMEDY[status]}."
+    )
+
+
+def enforce(on_failure: OnFailure, stage: str, info: SolveInfo | None, tree: PyTree) -> PyTree:
+    """`tree`, made to obey the policy where the solve behind it failed.
+
+    The inexact leaves are multiplied by 1, or by NaN where the solve failed: a product, not a
+    selection, so that tangents and cotangents of a failed result are NaN too.
+    """
+    if info is None or on_failure == "ignore":
+        return tree
+    info = SolveInfo(*(jax.lax.stop_gradient(jnp.asarray(x)) for x in info))
+    lost = failed(info)
+    if on_failure == "nan":
+        factor = jnp.where(lost, jnp.nan, 1.0)
+    else:
+        # The callback's result is used, so that it can be neither dropped nor delayed.
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        factor = jax.pure_callback(
+            _reporter(on_failure, stage), shape, info, vmap_method="sequential"
+        )
+
+    def poison(x: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        return x * factor.astype(x.dtype)
+
+    return jax.tree.map(poison, tree)
+
+
+def _reporter(on_failure: OnFailure, stage: str):
+    def report(info: SolveInfo) -> np.ndarray:
+        info = jax.tree.map(np.asarray, info)
+        unnamed = info.status == Status.NOT_RUN and not info.converged
+        if info.status >= Status.MAX_STEPS or unnamed:
+            message = describe(stage, info)
+            if on_failure == "raise":
+                raise SolveFailedError(message)
+            warnings.warn(message, SolveFailedWarning, stacklevel=2)
+        return np.ones((), np.float32)
+
+    return report

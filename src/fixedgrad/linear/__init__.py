@@ -1,0 +1,25 @@
+"""Linear solvers for (I − M) x = b from products with M: `fp`, `cg`, `normal_cg`, `gmres`, ...
+
+Every factory returns a `LinearSolver`, `(matvec, b, x0=None) -> (x, info)`. M is Jᵀ in reverse mode
+and J in forward mode. All of them
+
+- work on any pytree, complex leaves as real pairs, low precision in float32 (see `realify`);
+- report the *true* residual ‖b − (I − M)x‖, computed at the x that is returned;
+- answer a zero right-hand side with zero;
+- take exactly `num_steps` steps, or at most `max_steps` until the residual is below
+  max(rtol · ‖b‖, atol) or at the floor of what the dtype can resolve.
+
+M itself takes its products in the dtype of `b`, and at the precision at which it was traced.
+
+Norms and inner products are those of one element of a batch, or of one device's part in a `shard_map`.
+Where M mixes these by a collective over them, take `fp`, or a tolerance: it is met by the true residual
+or missed. Exact steps of the other solvers are wrong there, and nobody notices.
+"""
+
+from .conjugate import cg as cg
+from .conjugate import normal_cg as normal_cg
+from .direct import dense as dense
+from .direct import from_lineax as from_lineax
+from .fixed_point import fp as fp
+from .krylov import bicgstab as bicgstab
+from .krylov import gmres as gmres

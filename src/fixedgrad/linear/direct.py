@@ -1,0 +1,110 @@
+"""A direct solve of (I − M) x = b, `dense`, and the solvers of lineax."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from ..replication import varying_alike
+from ..types import LinearSolver, PyTree, SolveInfo, Status, check_count, show, status_where
+from .frame import System, linear_solver, tree
+
+
+def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
+    """A direct solve: I − M as a matrix, by products with blocks of unit vectors, then LU.
+
+    Cost: d products, in blocks of `block_size` (a blocked product costs a small fraction of single
+    ones), and ⅔ d³ operations. Memory: d² numbers (2d counted real where w is complex).
+    Nearly always right for d ≤ 64, often up to d ≈ 2000. Not for large d: refused at `max_size`.
+    Nor for an x that is sharded in its type (an explicit mesh).
+
+    Args:
+        max_size: The largest number of real unknowns that is accepted.
+        block_size: Unit vectors in one product.
+
+    Returns:
+        A `LinearSolver`; its status is `SINGULAR` where I − M is singular to working precision.
+
+    Raises:
+        ValueError: For counts that are not positive integers; at trace time, for more than
+            `max_size` unknowns.
+
+    >>> import jax.numpy as jnp
+    >>> m = jnp.array([[0.0, 0.5], [-0.5, 0.0]])
+    >>> x, info = dense()(lambda v: m @ v, jnp.array([1.0, 0.0]))
+    >>> jnp.round(x, 12)
+    Array([ 0.8, -0.4], dtype=float64)
+    """
+    check_count("dense", "max_size", max_size)
+    check_count("dense", "block_size", block_size)
+
+    def solve(system: System) -> tuple[PyTree, SolveInfo]:
+        b, unravel = ravel_pytree(system.b)
+        if b.size > max_size:
+            raise ValueError(
+                f"`dense` would materialise a {b.size} by {b.size} matrix, more than its "
+                f"`max_size`={max_size}; use `cg`, `gmres` or `fp`, or raise `max_size`."
+            )
+        rows = lax.map(
+            lambda e: ravel_pytree(system.product(unravel(e)))[0],
+            varying_alike((jnp.eye(b.size, dtype=b.dtype), b))[0],
+            batch_size=block_size,
+        )
+        x = jnp.linalg.solve(rows.T, b)
+        # eps ‖A‖ ‖x‖ is the backward error of LU; where it is as large as b, x means nothing.
+        size = jnp.linalg.norm(rows)
+        noise = system.eps * size * jnp.linalg.norm(x)
+        singular = ~(noise < system.noise * system.norm) & (system.norm > 0) & jnp.isfinite(size)
+        x = unravel(x)
+        # In a batch with collectives M mixes elements, and no matrix of one of them is its own.
+        singular |= system.residual_norm(x) > system.noise * system.norm
+        status = status_where(singular, Status.SINGULAR, Status.CONVERGED)
+        return x, system.fixed(1, x, status)
+
+    return linear_solver("dense", solve, scaled=False)
+
+
+def from_lineax(solver: Any) -> LinearSolver:
+    """Any solver of the package lineax, such as `lineax.GMRES(1e-6, 1e-6)`, as a `LinearSolver`.
+
+    Args:
+        solver: A `lineax.AbstractLinearSolver` for square operators.
+
+    Returns:
+        A `LinearSolver` whose status is lineax's verdict, but that a residual larger than b is not
+        called solved; the residual is computed here.
+
+    Raises:
+        ImportError: Where lineax is not installed.
+        TypeError: `solver` is not a solver of lineax.
+    """
+    import lineax  # An optional package, needed by nobody else.
+
+    if not isinstance(solver, lineax.AbstractLinearSolver):
+        raise TypeError(
+            f"`solver` of `from_lineax` must be a `lineax.AbstractLinearSolver`, got {show(solver)}; "
+            "make one, as in `lineax.GMRES(rtol=1e-6, atol=1e-6)`."
+        )
+
+    def solve(system: System) -> tuple[PyTree, SolveInfo]:
+        structure = jax.eval_shape(lambda: system.b)
+        tags = (lineax.positive_semidefinite_tag,) if isinstance(solver, lineax.CG) else ()
+        operator = lineax.FunctionLinearOperator(system.product, structure, tags)
+        solution = lineax.linear_solve(
+            operator,
+            system.b,
+            solver,
+            options={"y0": system.x0} if system.x0 is not None else {},
+            throw=False,
+        )
+        ok = solution.result == lineax.RESULTS.successful
+        steps = solution.stats.get("num_steps", 1)
+        # Iterative solvers of lineax answer b = 0 with 0/0, and call some breakdowns a success.
+        x = tree.where(system.norm > 0, solution.value, tree.zeros_like(system.b))
+        status = status_where(ok | (system.norm == 0), Status.CONVERGED, Status.MAX_STEPS)
+        worse = system.residual_norm(x) > system.norm
+        return x, system.fixed(steps, x, status_where(worse, Status.DIVERGED, status))
+
+    return linear_solver("from_lineax", solve)

@@ -1,0 +1,358 @@
+"""Fixed-point maps Φ built from losses and proximal operators, with their optimal step sizes.
+
+A loss is `loss(w, *args, **kwargs) -> scalar`; the map takes the same arguments, and its fixed points
+in w are the stationary points of the loss. Leaves of w that are not inexact stay as they are.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from .types import Phi, PyTree, Scalar, check_callable, check_number, check_scalar, shapes_of
+
+Loss = Callable[..., jax.Array]
+StepSize = Scalar | Callable[..., Scalar]
+Prox = Callable[..., PyTree]
+
+
+class Momentum(NamedTuple):
+    """The state of a method with momentum: w and the w before it. Start with both equal."""
+
+    w: PyTree
+    previous: PyTree
+
+
+class GradientDescentConstants(NamedTuple):
+    """The optimal step size of gradient descent, and the contraction constant it gives."""
+
+    step_size: jax.Array
+    q: jax.Array
+
+
+class HeavyBallConstants(NamedTuple):
+    """The optimal constants of heavy ball, and the linear rate they give on quadratics."""
+
+    step_size: jax.Array
+    momentum: jax.Array
+    q: jax.Array
+
+
+def gradient_descent(loss: Loss, *, step_size: StepSize) -> Phi:
+    """Gradient descent: Φ(w, λ) = w − α ∇₁ℓ(w, λ).
+
+    J = I − α ∇₁²ℓ is symmetric, so `cg` applies. Where ℓ(·, λ) is μ-strongly convex and L-smooth, Φ
+    is a contraction for 0 < α < 2/L, with the smallest constant q = (κ − 1)/(κ + 1), κ = L/μ, at
+    α = 2/(L + μ) (`optimal_step_size`). Assumed, not checked: 0 < α < 2/L.
+
+    Cost: one gradient. For complex w the direction is the conjugate of `jax.grad`, steepest descent.
+
+    Args:
+        loss: `loss(w, *args, **kwargs) -> scalar`.
+        step_size: α, a positive number or array, or a function `(*args, **kwargs) -> α`, so that
+            α(λ) may follow the hyperparameters. One number for all of w: a step size per coordinate
+            makes J non-symmetric.
+
+    Returns:
+        `phi(w, *args, **kwargs)`.
+
+    Raises:
+        TypeError: `loss` is not callable.
+        ValueError: `step_size` is not positive.
+
+    >>> phi = gradient_descent(lambda w, lam: 0.5 * lam * w**2, step_size=0.25)
+    >>> float(phi(1.0, 2.0))
+    0.5
+
+    References:
+        Grazzi et al., ICML 2020, section 2.1, case (a) and equation (6).
+    """
+    check_callable("gradient_descent", "loss", loss, "loss(w, *args) -> scalar")
+    alpha = _step_size("gradient_descent", step_size)
+
+    def phi(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        gradient = _gradient("gradient_descent", loss, w, *args, **kwargs)
+        return _descend(w, alpha(*args, **kwargs), gradient)
+
+    return phi
+
+
+def heavy_ball(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
+    """Heavy ball: Φ((w, w₋), λ) = (w − α ∇₁ℓ(w, λ) + β (w − w₋), w).
+
+    On quadratics it is a contraction in a norm that depends on ℓ, not in the Euclidean one: errors
+    may grow at first. J is not symmetric, so `cg` is wrong with this Φ: give AID the
+    `gradient_descent` map, which has the same fixed point.
+
+    Cost: one gradient. Memory: 2 w, the state is `Momentum(w, previous)`.
+
+    Args:
+        loss: `loss(w, *args, **kwargs) -> scalar`.
+        step_size: α > 0, or a function `(*args, **kwargs) -> α`.
+        momentum: β in [0, 1).
+
+    Returns:
+        `phi(state, *args, **kwargs) -> state` with a `Momentum` state.
+
+    Raises:
+        TypeError: `loss` is not callable.
+        ValueError: `step_size` is not positive, or `momentum` not in [0, 1).
+
+    >>> phi = heavy_ball(lambda w: 0.5 * w**2, step_size=0.5, momentum=0.25)
+    >>> float(phi(Momentum(1.0, 2.0)).w)
+    0.25
+
+    References:
+        Polyak, Introduction to Optimization, 1987; Grazzi et al., ICML 2020, section 2.1, case (b).
+    """
+    check_callable("heavy_ball", "loss", loss, "loss(w, *args) -> scalar")
+    alpha, beta = _step_size("heavy_ball", step_size), _momentum("heavy_ball", momentum)
+
+    def phi(state: PyTree, /, *args: PyTree, **kwargs: PyTree) -> Momentum:
+        w, previous = _unpacked("heavy_ball", state)
+        gradient = _gradient("heavy_ball", loss, w, *args, **kwargs)
+        stepped = _descend(w, alpha(*args, **kwargs), gradient)
+        return Momentum(_extrapolate(stepped, beta, w, previous), w)
+
+    return phi
+
+
+def nesterov(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
+    """Nesterov's method with constant momentum: y = w + β (w − w₋), Φ = (y − α ∇₁ℓ(y, λ), w).
+
+    For α = 1/L and β = (√κ − 1)/(√κ + 1) its rate on strongly convex ℓ is about 1 − 1/√κ. J is not
+    symmetric (see `heavy_ball` for what follows).
+
+    Cost: one gradient. Memory: 2 w, the state is `Momentum(w, previous)`.
+
+    Args:
+        loss: `loss(w, *args, **kwargs) -> scalar`.
+        step_size: α > 0, or a function `(*args, **kwargs) -> α`.
+        momentum: β in [0, 1).
+
+    Returns:
+        `phi(state, *args, **kwargs) -> state` with a `Momentum` state.
+
+    Raises:
+        TypeError: `loss` is not callable.
+        ValueError: `step_size` is not positive, or `momentum` not in [0, 1).
+
+    >>> phi = nesterov(lambda w: 0.5 * w**2, step_size=0.5, momentum=0.5)
+    >>> float(phi(Momentum(2.0, 1.0)).w)
+    1.25
+
+    References:
+        Nesterov, A method for solving the convex programming problem with convergence rate
+        O(1/k²), 1983.
+    """
+    check_callable("nesterov", "loss", loss, "loss(w, *args) -> scalar")
+    alpha, beta = _step_size("nesterov", step_size), _momentum("nesterov", momentum)
+
+    def phi(state: PyTree, /, *args: PyTree, **kwargs: PyTree) -> Momentum:
+        w, previous = _unpacked("nesterov", state)
+        y = _extrapolate(w, beta, w, previous)
+        gradient = _gradient("nesterov", loss, y, *args, **kwargs)
+        return Momentum(_descend(y, alpha(*args, **kwargs), gradient), w)
+
+    return phi
+
+
+def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Phi:
+    """Proximal gradient: Φ(w, λ) = prox_{αg(·, λ)}(w − α ∇₁ℓ(w, λ)), for min ℓ + g.
+
+    A projection is a prox, so projected gradient descent is this map. J is not symmetric in general
+    although I − J is often well conditioned: `fp`, `gmres`, `normal_cg` or `dense`. At kinks (an
+    entry at a threshold) Φ is not differentiable and the derivative is one of several.
+
+    Cost: one gradient and one prox.
+
+    Args:
+        loss: The smooth part, `loss(w, *args, **kwargs) -> scalar`.
+        prox: `prox(v, step_size, *args, **kwargs) -> w`; a projection ignores `step_size`.
+        step_size: α > 0, or a function `(*args, **kwargs) -> α`.
+
+    Returns:
+        `phi(w, *args, **kwargs)`.
+
+    Raises:
+        TypeError: `loss` or `prox` is not callable.
+        ValueError: `step_size` is not positive.
+
+    >>> def soft(v, step_size, lam):
+    ...     return jnp.sign(v) * jnp.maximum(jnp.abs(v) - step_size * lam, 0.0)
+    >>> phi = proximal_gradient(lambda w, lam: 0.5 * (w - 3.0) ** 2, soft, step_size=1.0)
+    >>> float(phi(0.0, 1.0))
+    2.0
+
+    References:
+        Bertrand et al., Implicit Differentiation of Lasso-type Models for Hyperparameter
+        Optimization, ICML 2020.
+    """
+    check_callable("proximal_gradient", "loss", loss, "loss(w, *args) -> scalar")
+    check_callable("proximal_gradient", "prox", prox, "prox(v, step_size, *args) -> w")
+    alpha = _step_size("proximal_gradient", step_size)
+
+    def phi(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        step = alpha(*args, **kwargs)
+        v = _descend(w, step, _gradient("proximal_gradient", loss, w, *args, **kwargs))
+        return prox(v, step, *args, **kwargs)
+
+    return phi
+
+
+def damped(phi: Phi, *, damping: Scalar) -> Phi:
+    """The damped map: Φ_δ(w, λ) = δ w + (1 − δ) Φ(w, λ), with the fixed points of Φ.
+
+    Its Jacobian δI + (1 − δ)J has spectral radius below 1 also where eigenvalues of J lie below −1 or
+    are complex, of modulus up to a little above 1. It cannot help an eigenvalue of J right of 1.
+
+    Args:
+        phi: The map to damp.
+        damping: δ in [0, 1); 0 is Φ itself.
+
+    Returns:
+        `phi(w, *args, **kwargs)`.
+
+    Raises:
+        TypeError: `phi` is not callable.
+        ValueError: `damping` is not in [0, 1).
+
+    >>> float(damped(lambda w, lam: lam - w, damping=0.5)(0.0, 3.0))
+    1.5
+
+    References:
+        Krasnosel'skii, Two remarks on the method of successive approximations, 1955.
+    """
+    check_callable("damped", "phi", phi, "phi(w, *args) -> w")
+    check_number("damped", "damping", damping, lambda x: 0 <= x < 1, "a number in [0, 1)")
+
+    def damped_phi(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        step = 1 - jnp.asarray(damping)
+
+        def mix(x: jax.Array, y: jax.Array) -> jax.Array:
+            return x + step.astype(jnp.result_type(y)) * (y - x) if _inexact(y) else y
+
+        return jax.tree.map(mix, w, phi(w, *args, **kwargs))
+
+    return damped_phi
+
+
+def optimal_step_size(L: Scalar, mu: Scalar) -> GradientDescentConstants:
+    """The step size of gradient descent with the smallest contraction constant.
+
+    For ℓ μ-strongly convex and L-smooth, α = 2/(L + μ) gives q = (κ − 1)/(κ + 1), κ = L/μ.
+
+    Args:
+        L: Smoothness constant, L ≥ μ.
+        mu: Strong convexity constant, μ > 0.
+
+    Returns:
+        The pair (`step_size`, `q`).
+
+    Raises:
+        ValueError: Concrete constants that violate 0 < μ ≤ L.
+
+    >>> step_size, q = optimal_step_size(3.0, 1.0)
+    >>> float(step_size), float(q)
+    (0.5, 0.5)
+
+    References:
+        Grazzi et al., ICML 2020, equation (6).
+    """
+    _check_constants("optimal_step_size", L, mu)
+    L, mu = jnp.asarray(L), jnp.asarray(mu)
+    return GradientDescentConstants(2 / (L + mu), (L - mu) / (L + mu))
+
+
+def optimal_heavy_ball(L: Scalar, mu: Scalar) -> HeavyBallConstants:
+    """The constants of heavy ball with the best rate on quadratics.
+
+    α = 4/(√L + √μ)², β = ((√L − √μ)/(√L + √μ))², rate q = √β = (√κ − 1)/(√κ + 1).
+
+    Args:
+        L: Largest eigenvalue of the Hessian, L ≥ μ.
+        mu: Smallest eigenvalue, μ > 0.
+
+    Returns:
+        The triple (`step_size`, `momentum`, `q`).
+
+    Raises:
+        ValueError: Concrete constants that violate 0 < μ ≤ L.
+
+    >>> tuple(map(float, optimal_heavy_ball(9.0, 1.0)))
+    (0.25, 0.25, 0.5)
+
+    References:
+        Polyak, Introduction to Optimization, 1987.
+    """
+    _check_constants("optimal_heavy_ball", L, mu)
+    high, low = jnp.sqrt(jnp.asarray(L)), jnp.sqrt(jnp.asarray(mu))
+    q = (high - low) / (high + low)
+    return HeavyBallConstants(4 / (high + low) ** 2, q**2, q)
+
+
+def _gradient(where: str, loss: Loss, w: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
+    def scalar_loss(w: PyTree) -> jax.Array:
+        value = loss(w, *args, **kwargs)
+        check_scalar(where, value, "loss")
+        return value
+
+    # The conjugate: `jax.grad` of a real function of complex w is the conjugate of the direction
+    # of steepest ascent.
+    gradient = jax.grad(scalar_loss, allow_int=True)(w)
+    return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, gradient)
+
+
+def _descend(w: PyTree, step: Scalar, direction: PyTree) -> PyTree:
+    def leaf(x: jax.Array, d: jax.Array) -> jax.Array:
+        # The step size takes the dtype of the leaf, so that Φ keeps the dtypes of w.
+        return x - jnp.asarray(step, jnp.result_type(d)) * d if _inexact(x) else x
+
+    return jax.tree.map(leaf, w, direction)
+
+
+def _extrapolate(y: PyTree, beta: Scalar, w: PyTree, previous: PyTree) -> PyTree:
+    def leaf(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return x + jnp.asarray(beta, jnp.result_type(x)) * (a - b) if _inexact(x) else x
+
+    return jax.tree.map(leaf, y, w, previous)
+
+
+def _unpacked(where: str, state: PyTree) -> tuple[PyTree, PyTree]:
+    if not (isinstance(state, tuple) and len(state) == 2):
+        raise TypeError(
+            f"The map of `{where}` acts on a state `Momentum(w, previous)`, got {shapes_of(state)}; "
+            "start from `Momentum(w0, w0)`, and take `.w` of the result."
+        )
+    return state
+
+
+def _inexact(x: jax.Array) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def _step_size(where: str, step_size: StepSize) -> Callable[..., Scalar]:
+    wanted = "a finite number > 0 or a function of the arguments after w that returns one"
+
+    def evaluate(*args: PyTree, **kwargs: PyTree) -> Scalar:
+        value = step_size(*args, **kwargs) if callable(step_size) else step_size
+        check_number(where, "step_size", value, lambda x: 0 < x < jnp.inf, wanted)
+        return value
+
+    if not callable(step_size):
+        evaluate()
+    return evaluate
+
+
+def _momentum(where: str, momentum: Scalar) -> Scalar:
+    check_number(where, "momentum", momentum, lambda x: 0 <= x < 1, "a number in [0, 1)")
+    return momentum
+
+
+def _check_constants(where: str, L: Scalar, mu: Scalar) -> None:
+    if isinstance(L, Tracer) or isinstance(mu, Tracer):
+        return
+    if not bool(jnp.all((jnp.asarray(mu) > 0) & (jnp.asarray(L) >= jnp.asarray(mu)))):
+        raise ValueError(f"`{where}` needs 0 < `mu` <= `L`, got L={L!r}, mu={mu!r}.")

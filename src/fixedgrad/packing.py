@@ -1,0 +1,152 @@
+"""A pytree taken apart into what is differentiated, what rides along, and what is static."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .types import Phi, PyTree, check_same, hint, shapes_of, show
+
+SOLVED = "`w` (the solver's result)"
+
+
+class Layout(NamedTuple):
+    """The structure of a call's arguments, with the leaves that are not arrays: hashable."""
+
+    treedef: Any
+    static: tuple[tuple[int, Any], ...]
+
+    def join(self, arrays: list[Any]) -> PyTree:
+        """The arguments again, from the arrays among their leaves."""
+        leaves = list(arrays)
+        for position, leaf in self.static:
+            leaves.insert(position, leaf)
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def split_static(call: PyTree) -> tuple[Layout, list[Any]]:
+    """The layout of `call` and the arrays among its leaves.
+
+    Raises:
+        TypeError: A leaf is neither an array nor hashable.
+    """
+    leaves, treedef = jax.tree.flatten(call)
+    static = tuple((i, leaf) for i, leaf in enumerate(leaves) if not _is_array(leaf))
+    for _, leaf in static:
+        try:
+            hash(leaf)
+        except TypeError:
+            raise TypeError(
+                f"An argument of the decorated solver holds {show(leaf)}, which is neither numeric "
+                "nor hashable; pass arrays, numbers or registered pytrees, or close over it."
+            ) from None
+    positions = {i for i, _ in static}
+    return Layout(treedef, static), [x for i, x in enumerate(leaves) if i not in positions]
+
+
+def eval_shape(function: Callable[..., PyTree], *args: PyTree, **kwargs: PyTree) -> PyTree:
+    """`jax.eval_shape` for arguments some of whose leaves are not arrays."""
+    layout, arrays = split_static((args, kwargs))
+
+    def call(arrays: list[Any]) -> PyTree:
+        args, kwargs = layout.join(arrays)
+        return function(*args, **kwargs)
+
+    return jax.eval_shape(call, arrays)
+
+
+def check_arrays(where: str, name: str, tree: PyTree) -> None:
+    """Raises `TypeError` unless every leaf of `tree` is an array or a number."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if not _is_array(leaf):
+            raise TypeError(
+                f"`{name}` of `{where}` must hold arrays and numbers only, got {show(leaf)} at "
+                f"`{name}{jax.tree_util.keystr(path)}`; keep it elsewhere: as a further argument, or "
+                "in a closure."
+            )
+
+
+def check_phi(where: str, phi: Phi, w: PyTree, name: str, args: PyTree, kwargs: PyTree) -> None:
+    """Raises `TypeError` unless Φ(w) is like w; what Φ raises gets a note of what it was given."""
+    with phi_hint(where, w, args, kwargs):
+        image = eval_shape(phi, w, *args, **kwargs)
+    check_same(where, image, w, "`phi(w, ...)`", name)
+
+
+def phi_hint(where: str, w: PyTree, args: PyTree, kwargs: PyTree) -> AbstractContextManager[None]:
+    """Adds to an exception of Φ what Φ was given."""
+    return hint(
+        Exception,
+        text=lambda: (
+            f"`{where}` called `phi` with w = {shapes_of(w)}, args = {shapes_of(args)}, kwargs = "
+            f"{shapes_of(kwargs)}: `phi` gets what the solver gets, in the same places."
+            + " Where the solver returns `(w, aux)`, say `has_aux=True`."
+            * isinstance(w, tuple)
+        ),
+    )
+
+
+def partition(tree: PyTree) -> tuple[PyTree, PyTree, Callable[[PyTree, PyTree], PyTree]]:
+    """The inexact leaves, the other arrays, and the function that joins the two again.
+
+    Both parts keep the structure of `tree`, with `None` in the place of leaves that they lack; leaves
+    that are not arrays stay inside the joining function.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    kinds = ["fixed" if not _is_array(x) else "x" if is_inexact(x) else "rest" for x in leaves]
+    # Not `leaves`: a function that outlives a trace must not hold its tracers.
+    fixed = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == "fixed"]
+
+    def join(x: PyTree, rest: PyTree) -> PyTree:
+        sources = {
+            "x": iter(jax.tree.leaves(x)),
+            "rest": iter(jax.tree.leaves(rest)),
+            "fixed": iter(fixed),
+        }
+        return jax.tree.unflatten(treedef, [next(sources[kind]) for kind in kinds])
+
+    def of_kind(wanted: str) -> PyTree:
+        part = [leaf if kind == wanted else None for leaf, kind in zip(leaves, kinds, strict=True)]
+        return jax.tree.unflatten(treedef, part)
+
+    return of_kind("x"), of_kind("rest"), join
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether an array or number has a floating or complex dtype."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def zero_tangent(tree: PyTree) -> PyTree:
+    """The zero tangent of a pytree of arrays, `float0` where a leaf has none."""
+
+    def zero(x: Any) -> Any:
+        return jnp.zeros_like(x) if is_inexact(x) else np.zeros(np.shape(x), jax.dtypes.float0)
+
+    return jax.tree.map(zero, tree)
+
+
+def zeros_like_inexact(tree: PyTree) -> PyTree:
+    """Zeros for the inexact leaves; the others as they are."""
+    return jax.tree.map(lambda x: jnp.zeros_like(x) if is_inexact(x) else x, tree)
+
+
+def strongly_typed(tree: PyTree) -> PyTree:
+    """Arrays without weak types, as a loop's carry needs them at both ends."""
+
+    def strong(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        return lax.convert_element_type(x, x.dtype) if is_inexact(x) else x
+
+    return jax.tree.map(strong, tree)
+
+
+def _is_array(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray | np.generic):  # Not those of strings, objects or dates.
+        return jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == np.bool_
+    kinds = (jax.Array, bool, int, float, complex, jax.ShapeDtypeStruct)
+    return isinstance(leaf, kinds) or hasattr(leaf, "__jax_array__")

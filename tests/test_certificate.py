@@ -1,0 +1,362 @@
+"""`certify` against dense truth, adversaries, and the explicit form."""
+
+import functools
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fixedgrad as fg
+
+SIZE = 12
+
+
+def matrix(seed: int, radius: float, symmetric: bool = False) -> np.ndarray:
+    a = np.random.default_rng(seed).normal(size=(SIZE, SIZE))
+    a = a + a.T if symmetric else a
+    return radius * a / np.linalg.norm(a, 2)
+
+
+def rounded(x):
+    """Numbers that float32 holds exactly, so that both precisions solve the same problem."""
+    return np.asarray(x, np.float32).astype(np.float64)
+
+
+M = rounded(matrix(0, 0.9))
+TARGET = rounded(np.cos(np.arange(SIZE) + 1.0))
+
+
+def phi(w, lam):
+    return jnp.tanh(lam[0] * (jnp.asarray(M, w.dtype) @ w) + lam[1:])
+
+
+def outer(w, lam):
+    return 0.5 * jnp.sum((w - jnp.asarray(TARGET, w.dtype)) ** 2) + 0.1 * jnp.sum(lam**2)
+
+
+LAM = jnp.asarray(rounded(np.append(1.0, 0.5 * np.sin(np.arange(SIZE)))))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def newton(map_, w, lam):
+    """The fixed point near w by dense algebra."""
+
+    def step(_, w):
+        a = jnp.eye(w.size) - jax.jacfwd(map_)(w, lam)
+        return w - jnp.linalg.solve(a, w - map_(w, lam))
+
+    return jax.lax.fori_loop(0, 30, step, w)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def exact_v(map_, objective, w, lam):
+    a = jnp.eye(w.size) - jax.jacfwd(map_)(w, lam)
+    return jnp.linalg.solve(a.T, jax.grad(objective)(w, lam))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def exact_gradient(map_, objective, w, lam):
+    a = jnp.eye(w.size) - jax.jacfwd(map_)(w, lam)
+    b, direct = jax.grad(objective, argnums=(0, 1))(w, lam)
+    return direct + jax.vjp(lambda lam: map_(w, lam), lam)[1](jnp.linalg.solve(a.T, b))[0]
+
+
+@pytest.fixture(scope="module")
+def solution():
+    return newton(phi, jnp.zeros(SIZE), LAM)
+
+
+@pytest.fixture(scope="module")
+def truth(solution):
+    return np.asarray(exact_gradient(phi, outer, solution, LAM))
+
+
+@pytest.fixture(scope="module")
+def certify():
+    """One compilation for every (w, v, gradient) in float64."""
+    return jax.jit(functools.partial(fg.certify, outer, phi))
+
+
+def away(solution, seed, size):
+    """A point at a given relative distance from the solution."""
+    d = jax.random.normal(jax.random.key(seed), solution.shape)
+    return solution + size * jnp.linalg.norm(solution) * d / jnp.linalg.norm(d)
+
+
+@pytest.mark.parametrize("distance", [3e-1, 1e-2, 1e-5, 1e-8])
+def test_the_estimate_is_within_a_factor_far_and_near(certify, solution, truth, distance):
+    for seed in range(4):
+        w, v = away(solution, seed, distance), away(solution - TARGET, seed + 9, distance)
+        c = certify(w, v, LAM)
+        error = np.linalg.norm(c.gradient - truth)
+        assert c.valid, fg.Reason(int(c.reason))
+        assert error <= c.error <= 2 * error
+        assert np.linalg.norm(c.polished - truth) <= 0.2 * error
+
+
+def test_the_gradient_is_that_of_the_lagrangian(certify, solution):
+    w, v = away(solution, 1, 0.1), away(solution, 2, 0.5)
+
+    def lagrangian(w, lam):
+        return outer(w, lam) + v @ (phi(w, lam) - w)
+
+    r_v, g = jax.grad(lagrangian, argnums=(0, 1))(w, LAM)
+    c = certify(w, v, LAM)
+    np.testing.assert_allclose(c.gradient, g, rtol=1e-12)
+    np.testing.assert_allclose(c.residual_v, jnp.linalg.norm(r_v), rtol=1e-12)
+    np.testing.assert_allclose(c.residual_w, jnp.linalg.norm(w - phi(w, LAM)), rtol=1e-12)
+
+
+def test_the_parts_tell_which_stage_is_to_blame(certify, solution):
+    v = exact_v(phi, outer, solution, LAM)
+    from_w = certify(away(solution, 1, 1e-4), v, LAM)
+    from_v = certify(solution, away(v, 1, 1e-2), LAM)
+    assert from_w.lower_part > 0.5 * from_w.error / 1.25
+    assert from_v.linear_part > 0.5 * from_v.error / 1.25
+    assert from_v.lower_part < 1e-6 * from_v.linear_part
+
+
+def test_at_the_floor_the_estimate_is_small_and_says_so(certify, solution, truth):
+    v = exact_v(phi, outer, solution, LAM)
+    c = certify(solution, v, LAM)
+    assert c.at_floor
+    assert np.linalg.norm(c.gradient - truth) <= c.error <= 1e-12 * np.linalg.norm(truth)
+
+
+def test_a_wrong_gradient_of_another_form_is_measured_against_the_polished_one(
+    certify, solution, truth
+):
+    w, v = away(solution, 1, 1e-3), away(solution, 2, 1e-3)
+    given = jnp.asarray(truth) + 0.3
+    c = certify(w, v, LAM, gradient=given)
+    assert c.valid
+    np.testing.assert_allclose(c.error, 1.25 * np.linalg.norm(given - truth), rtol=1e-2)
+    np.testing.assert_array_equal(c.gradient, given)
+
+
+def test_a_point_that_newton_does_not_improve_is_not_valid():
+    def arctan(w, lam):  # Newton's method for arctan(w) = λ diverges from |w| > 1.4.
+        return w - jnp.arctan(w) + 0.1 * lam
+
+    run = jax.jit(lambda w: fg.certify(lambda w, lam: w**2 + lam, arctan, w, w, 0.0))
+    far, near = run(3.0), run(0.3)
+    assert not far.valid
+    assert int(far.reason) == fg.Reason.FAR
+    np.testing.assert_array_equal(far.polished, far.gradient)
+    assert near.valid
+
+
+def test_nan_is_not_valid(certify, solution):
+    c = certify(solution.at[0].set(jnp.nan), solution, LAM)
+    assert not c.valid
+    assert int(c.reason) == fg.Reason.NON_FINITE
+
+
+def test_a_warm_start_from_another_lambda_is_measured_at_this_one(certify, solution):
+    other = LAM.at[0].set(0.7).at[3].add(0.2)
+    w = newton(phi, solution, other)
+    c = certify(solution, solution, other)
+    g = exact_gradient(phi, outer, w, other)
+    error = np.linalg.norm(c.gradient - g)
+    assert c.valid
+    assert error <= c.error <= 2 * error
+
+
+def test_under_vmap_it_gives_what_it_gives_alone(certify, solution):
+    w = jnp.stack([away(solution, s, 10.0**-s) for s in (1, 4)])
+    together = jax.jit(jax.vmap(lambda w: fg.certify(outer, phi, w, w, LAM)))(w)
+    for i in range(2):
+        alone = certify(w[i], w[i], LAM)
+        np.testing.assert_allclose(together.error[i], alone.error, rtol=1e-9)
+        assert together.reason[i] == alone.reason
+        assert sum(p[i] for p in together.products) == sum(alone.products)
+
+
+def test_single_precision_is_right_or_not_valid(solution, truth):
+    run = jax.jit(functools.partial(fg.certify, outer, phi))
+    for seed, distance in enumerate((1e-1, 1e-3, 1e-6, 0.0)):
+        w, v = away(solution, seed, distance), away(solution - TARGET, seed, distance)
+        w, v, lam = (x.astype(jnp.float32) for x in (w, v, LAM))
+        c = run(w, v, lam)
+        assert c.error.dtype == jnp.float32
+        assert not c.valid or np.linalg.norm(np.float64(c.gradient) - truth) <= float(c.error)
+
+
+def test_an_expansive_phi_is_certified_at_its_fixed_point():
+    a = matrix(3, 3.0, symmetric=True)  # rho(J) = 3, I - J indefinite.
+
+    def expansive(w, lam):
+        return jnp.asarray(a) @ w + jnp.sin(lam)
+
+    lam = jnp.arange(1.0, SIZE + 1)
+    objective = lambda w, lam: 0.5 * jnp.sum(w**2) + 0.0 * jnp.sum(lam)  # noqa: E731
+    w = jnp.linalg.solve(jnp.eye(SIZE) - a, jnp.sin(lam)) + 0.01
+    c = jax.jit(functools.partial(fg.certify, objective, expansive))(w, jnp.ones(SIZE), lam)
+    error = np.linalg.norm(c.gradient - exact_gradient(expansive, objective, w - 0.01, lam))
+    assert not c.valid or error <= c.error
+
+
+def test_a_kink_on_the_way_is_not_valid_or_right():
+    x = np.random.default_rng(5).normal(size=(20, SIZE))
+    y = x @ np.where(np.arange(SIZE) < 4, 2.0, 0.0) + 0.1 * np.cos(np.arange(20.0))
+    step = 1 / np.linalg.norm(x, 2) ** 2
+
+    def lasso(w, lam):
+        u = w - step * (jnp.asarray(x.T) @ (jnp.asarray(x) @ w - jnp.asarray(y)))
+        return jnp.sign(u) * jnp.maximum(jnp.abs(u) - step * jnp.exp(lam), 0.0)
+
+    def objective(w, lam):
+        return 0.5 * jnp.sum((w - 1) ** 2) + 0.0 * jnp.sum(lam)
+
+    @jax.jit
+    def run(t, lam):
+        w = jax.lax.fori_loop(0, t, lambda _, w: lasso(w, lam), jnp.zeros(SIZE))
+        b = jax.grad(objective)(w, lam)
+        _, vjp = jax.vjp(lambda w: lasso(w, lam), w)
+        v = jax.lax.fori_loop(0, t, lambda _, v: b + vjp(v)[0], b)
+        return fg.certify(objective, lasso, w, v, lam)
+
+    valid = 0
+    for weight in (0.0, 1.0, 2.0):
+        lam = jnp.full(SIZE, weight)
+        truth = run(20_000, lam).gradient
+        for t in (1, 3, 10, 30, 100):
+            c = run(t, lam)
+            error = np.linalg.norm(c.gradient - truth)
+            valid += bool(c.valid)
+            assert not c.valid or error <= c.error
+    assert 3 <= valid < 15  # Some are far from the active set of the solution, some are not.
+
+
+# The tier with constants: Φ is tanh, so that |φ''| ≤ 4/(3√3) and all constants are known.
+def constants(q=0.9):
+    curvature = 4 / (3 * math.sqrt(3))
+    root = math.sqrt(SIZE + 1)
+    return fg.bounds.Constants(
+        D=10.0,
+        L_E=10.0,
+        L_Phi=root + 1,
+        nu1=curvature * 0.81,
+        nu2=curvature * 0.9 * (root + 1) + 0.9,
+        eta1=1.0,
+        eta2=0.0,
+        mu=1 - q,
+        q=q,
+    )
+
+
+@pytest.fixture(scope="module")
+def prove():
+    def run(w, v, lam, q):
+        return fg.certify(outer, phi, w, v, lam, level="proved", constants=constants(q))
+
+    return jax.jit(run, static_argnums=3)
+
+
+def test_the_proved_tier_is_never_below_the_error(prove, solution, truth):
+    for seed in range(10):
+        w = away(solution, seed, 10.0 ** -(seed % 5))
+        v = away(solution, seed + 50, 10.0 ** -(seed % 3))
+        c = prove(w, v, LAM, 0.9)
+        assert c.valid
+        assert int(c.level) == 1
+        assert np.linalg.norm(c.gradient - truth) <= c.error
+
+
+def test_a_wrong_contraction_constant_is_contradicted(prove, solution):
+    c = prove(away(solution, 0, 0.1), away(solution, 1, 0.1), LAM, 0.2)
+    assert not c.valid
+    assert int(c.reason) == fg.Reason.CONSTANT_CONTRADICTED
+
+
+def test_the_proved_tier_refuses_without_constants(solution):
+    with pytest.raises(ValueError, match="needs `constants`"):
+        fg.certify(outer, phi, solution, solution, LAM, level="proved")
+    with pytest.raises(ValueError, match="for that level only"):
+        fg.certify(outer, phi, solution, solution, LAM, constants=constants())
+    with pytest.raises(ValueError, match="`level` of `certify` must be one of"):
+        fg.certify(outer, phi, solution, solution, LAM, level="certain")  # pyright: ignore
+
+
+@pytest.mark.parametrize("bad", [{"solve_rtol": 0.0}, {"solve_rtol": 1.0}, {"safety": 0.5}])
+def test_bad_numbers_are_refused(solution, bad):
+    with pytest.raises(ValueError, match=f"`{next(iter(bad))}` of `certify`"):
+        fg.certify(outer, phi, solution, solution, LAM, **bad)
+
+
+def test_a_v_of_another_shape_is_refused(solution):
+    with pytest.raises(TypeError, match="`v` must have the structure"):
+        fg.certify(outer, phi, solution, solution[:3], LAM)
+
+
+def test_certified_and_polished_share_one_certificate_in_the_state(truth):
+    rough = fg.hypergradient(outer, phi, fg.picard(phi, num_steps=9), fg.aid(fg.fp(num_steps=5)))
+    w0 = jnp.zeros(SIZE)
+
+    @jax.jit
+    def both():
+        plain, corrected = fg.certified(rough, every=2), fg.polished(rough)
+        g, state = plain.update(plain.init(w0, LAM), LAM)
+        _, later = plain.update(state, 0.9 * LAM)
+        return (
+            g,
+            state.certificate,
+            later.certificate,
+            corrected.update(corrected.init(w0, LAM), LAM)[0],
+        )
+
+    g, c, later, better = both()
+    error = np.linalg.norm(g - truth)
+    assert c.valid
+    assert error <= c.error <= 2 * error
+    np.testing.assert_array_equal(c.gradient, g)
+    assert later.error == c.error  # Not renewed at the second update.
+    assert np.linalg.norm(better - truth) <= 0.2 * error
+
+
+def test_itd_is_certified_by_its_distance_to_the_polished_gradient(truth):
+    hypergrad = fg.certified(fg.hypergradient(outer, phi, fg.picard(phi, num_steps=6), fg.itd()))
+
+    @jax.jit
+    def run():
+        return hypergrad.update(hypergrad.init(jnp.zeros(SIZE), LAM), LAM)
+
+    g, state = run()
+    error = np.linalg.norm(g - truth)
+    assert state.certificate.valid
+    assert error <= state.certificate.error <= 2 * error
+
+
+def test_pytrees_with_complex_and_integer_leaves():
+    def tree_phi(w, lam):
+        return {"z": 0.4 * jnp.conj(w["z"]) + lam["c"], "n": w["n"], "x": jnp.cos(w["x"]) * 0.5}
+
+    def tree_outer(w, lam):
+        return jnp.sum(jnp.abs(w["z"]) ** 2) + jnp.sum(w["x"]) * lam["s"]
+
+    w = {"z": jnp.array([1.0 + 1j, 2.0]), "n": jnp.arange(2), "x": jnp.array(0.4)}
+    lam = {"c": jnp.array([1.0 + 2j, 0.5j]), "s": 2.0}
+    c = jax.jit(functools.partial(fg.certify, tree_outer, tree_phi))(w, w, lam)
+    z = (lam["c"] + 0.4 * jnp.conj(lam["c"])) / (1 - 0.16)
+    exact = 2 * (jnp.conj(z) + 0.4 * z) / (1 - 0.16)  # JAX's convention: the conjugate.
+    assert c.valid
+    assert np.linalg.norm(c.polished["c"] - exact) <= 2e-3 * np.linalg.norm(exact)
+    assert np.linalg.norm(c.gradient["c"] - exact) <= c.error
+
+
+def test_the_families_of_the_experiment_are_covered():
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from experiments import certificates, families
+
+    family = next(f for f in families.FAMILIES if f.name == "kernel ridge")
+    found = certificates.measure(family, jax.random.split(jax.random.key(7), 3), "float64")
+    row = certificates.summary(family, found, "float64")
+    assert row["covered"] == round(row["valid"] * row["cases"])
+    assert row["valid"] >= 0.9
+    assert 0.8 <= row["ratio"][2] <= 1.6
+    assert row["ratio"][3] <= 3
+    assert row["polished"][0] <= 0.2

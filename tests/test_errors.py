@@ -1,0 +1,752 @@
+"""Every message that the library raises: what is wrong, what it got, what to do instead."""
+
+# Mistakes on purpose: pyright sees them too.
+# pyright: reportArgumentType=false
+
+import ast
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax
+import numpy as np
+import optax
+import pytest
+
+import fixedgrad as fg
+
+AID = fg.aid(fg.fp(num_steps=3))
+
+
+class Row(NamedTuple):
+    """A call that raises `error` with a message that matches `match`."""
+
+    name: str
+    error: type[Exception]
+    match: str
+    call: Callable[[], Any]
+
+
+def half(w, lam):
+    return 0.5 * w + lam
+
+
+def loss(w, lam):
+    return jnp.sum((w - lam) ** 2)
+
+
+def traced(call: Callable[[jax.Array], Any]) -> Callable[[], Any]:
+    """The call inside `jit`, with a traced number."""
+    return lambda: jax.jit(lambda x: call(x) and x)(1.0)
+
+
+# Stopping rules, the same in every factory that has one.
+
+STOPPING: dict[str, Callable[..., Any]] = {
+    "picard": lambda **rule: fg.picard(half, **rule),
+    "anderson": lambda **rule: fg.anderson(half, **rule),
+    "fp": fg.fp,
+    "cg": fg.cg,
+    "normal_cg": fg.normal_cg,
+    "gmres": fg.gmres,
+    "bicgstab": fg.bicgstab,
+}
+BAD_COUNTS = {
+    "zero": (0, "got 0 of type `int`"),
+    "negative": (-3, "got -3 of type `int`"),
+    "fraction": (2.5, "got 2.5 of type `float`"),
+    "boolean": (True, "got True of type `bool`"),
+    "text": ("ten", "got 'ten' of type `str`"),
+    "array": (np.ones(2, int), "got array"),
+}
+BAD_TOLERANCES = {
+    "negative": (-1e-3, "got -0.001 of type `float`"),
+    "infinite": (float("inf"), "got inf of type `float`"),
+    "nan": (float("nan"), "got nan of type `float`"),
+    "text": ("tight", "got 'tight' of type `str`"),
+    "vector": (np.ones(2), "got array"),
+    "complex": (1j, "got 1j of type `complex`"),
+    "boolean": (True, "got True of type `bool`"),
+    "none": (None, "got None of type `NoneType`"),
+}
+STOPPING_ROWS = [
+    row
+    for where, make in STOPPING.items()
+    for row in (
+        Row(
+            f"{where} without a count",
+            ValueError,
+            f"`{where}` needs exactly one of `num_steps` .* and `max_steps` .*, got "
+            "num_steps=None, max_steps=None",
+            lambda make=make: make(),
+        ),
+        Row(
+            f"{where} with both counts",
+            ValueError,
+            f"`{where}` needs exactly one of .* got num_steps=3, max_steps=4",
+            lambda make=make: make(num_steps=3, max_steps=4),
+        ),
+        Row(
+            f"{where} with num_steps and rtol",
+            ValueError,
+            f"`{where}` with `num_steps` takes exactly that many steps and has no tolerance, got "
+            "rtol=0.1; use `max_steps` for early stopping",
+            lambda make=make: make(num_steps=3, rtol=0.1),
+        ),
+        Row(
+            f"{where} with num_steps and atol",
+            ValueError,
+            f"`{where}` with `num_steps` .* has no tolerance, got atol=1",
+            lambda make=make: make(num_steps=3, atol=1),
+        ),
+    )
+]
+COUNT_ROWS = [
+    Row(
+        f"cg with {argument} that is {name}",
+        ValueError,
+        f"`{argument}` of `cg` must be a positive integer known before tracing, {got}",
+        lambda argument=argument, value=value: fg.cg(**{argument: value}),
+    )
+    for argument in ("num_steps", "max_steps")
+    for name, (value, got) in BAD_COUNTS.items()
+]
+TOLERANCE_ROWS = [
+    Row(
+        f"picard with {argument} that is {name}",
+        ValueError,
+        rf"`{argument}` of `picard` must be a (number in \[0, 1\)|finite number >= 0), {got}",
+        lambda argument=argument, value=value: fg.picard(half, max_steps=3, **{argument: value}),
+    )
+    for argument in ("rtol", "atol")
+    for name, (value, got) in BAD_TOLERANCES.items()
+]
+TRACED_ROWS = [
+    Row(
+        "rtol of one",
+        ValueError,
+        r"`rtol` of `fp` must be a number in \[0, 1\), got 1.0 of type `float`",
+        lambda: fg.fp(max_steps=3, rtol=1.0),
+    ),
+    Row(
+        "traced num_steps",
+        ValueError,
+        r"`num_steps` of `fp` must be a positive integer known before tracing, got a traced ",
+        traced(lambda x: fg.fp(num_steps=x)),
+    ),
+    Row(
+        "num_steps with a traced tolerance",
+        ValueError,
+        "`fp` with `num_steps` .* has no tolerance, got rtol=",
+        traced(lambda x: fg.fp(num_steps=3, rtol=x)),
+    ),
+    Row(
+        "traced tolerance of the wrong shape",
+        ValueError,
+        r"`rtol` of `fp` must be a number in \[0, 1\), got a traced ~?float64\[2\]",
+        traced(lambda x: fg.fp(max_steps=3, rtol=jnp.stack([x, x]))),
+    ),
+]
+
+
+# Functions, numbers and policies.
+
+NOT_CALLABLE = {
+    ("gradient_descent", "loss"): lambda: fg.gradient_descent(3, step_size=1.0),
+    ("heavy_ball", "loss"): lambda: fg.heavy_ball(3, step_size=1.0, momentum=0.5),
+    ("nesterov", "loss"): lambda: fg.nesterov(3, step_size=1.0, momentum=0.5),
+    ("proximal_gradient", "loss"): lambda: fg.proximal_gradient(3, half, step_size=1.0),
+    ("proximal_gradient", "prox"): lambda: fg.proximal_gradient(loss, 3, step_size=1.0),
+    ("damped", "phi"): lambda: fg.damped(3, damping=0.5),
+    ("picard", "phi"): lambda: fg.picard(3, num_steps=2),
+    ("anderson", "phi"): lambda: fg.anderson(3, num_steps=2),
+    ("checked", "solver"): lambda: fg.checked(3, half),
+    ("checked", "phi"): lambda: fg.checked(half, 3),
+    ("from_host", "function"): lambda: fg.from_host(3),
+    ("from_optax", "loss"): lambda: fg.from_optax(3, optax.sgd(0.1), num_steps=2),
+    ("aid", "linear_solver"): lambda: fg.aid(3),
+    ("fixed_point", "phi"): lambda: fg.fixed_point(3, AID),
+    ("fixed_point", "solver"): lambda: fg.fixed_point(half, AID)(3),
+    ("hypergradient", "outer"): lambda: fg.hypergradient(3, half, half, AID),
+    ("hypergradient", "phi"): lambda: fg.hypergradient(loss, 3, half, AID),
+    ("hypergradient", "solver"): lambda: fg.hypergradient(loss, half, 3, AID),
+}
+CALLABLE_ROWS = [
+    Row(
+        f"{where} with {argument} that is no function",
+        TypeError,
+        rf"`{argument}` of `{where}` must be a function `.*\(.*`, got 3 of type `int`",
+        call,
+    )
+    for (where, argument), call in NOT_CALLABLE.items()
+]
+NUMBER_ROWS = [
+    *(
+        Row(
+            f"{where} with a step size that is {value}",
+            ValueError,
+            f"`step_size` of `{where}` must be a finite number > 0 or a function .*, got {value}",
+            lambda make=make, value=value: make(step_size=value),
+        )
+        for where, make in {
+            "gradient_descent": lambda **s: fg.gradient_descent(loss, **s),
+            "heavy_ball": lambda **s: fg.heavy_ball(loss, momentum=0.5, **s),
+            "nesterov": lambda **s: fg.nesterov(loss, momentum=0.5, **s),
+            "proximal_gradient": lambda **s: fg.proximal_gradient(loss, half, **s),
+        }.items()
+        for value in (0.0, -1.0)
+    ),
+    *(
+        Row(
+            f"{where} with a momentum of {value}",
+            ValueError,
+            rf"`momentum` of `{where}` must be a number in \[0, 1\), got {value}",
+            lambda make=make, value=value: make(loss, step_size=0.1, momentum=value),
+        )
+        for where, make in {"heavy_ball": fg.heavy_ball, "nesterov": fg.nesterov}.items()
+        for value in (1.0, -0.1)
+    ),
+    *(
+        Row(
+            f"damped with a damping of {value}",
+            ValueError,
+            rf"`damping` of `damped` must be a number in \[0, 1\), got {value}",
+            lambda value=value: fg.damped(half, damping=value),
+        )
+        for value in (1.0, -0.1)
+    ),
+    Row(
+        "anderson without regularisation",
+        ValueError,
+        "`regularisation` of `anderson` must be a number > 0, got 0.0",
+        lambda: fg.anderson(half, num_steps=2, regularisation=0.0),
+    ),
+    Row(
+        "anderson without a window",
+        ValueError,
+        "`window` of `anderson` must be a positive integer known before tracing, got 0",
+        lambda: fg.anderson(half, num_steps=2, window=0),
+    ),
+    Row(
+        "gmres with a restart of zero",
+        ValueError,
+        "`restart` of `gmres` must be a positive integer known before tracing, got 0",
+        lambda: fg.gmres(num_steps=2, restart=0),
+    ),
+    Row(
+        "dense with a size of zero",
+        ValueError,
+        "`max_size` of `dense` must be a positive integer known before tracing, got 0",
+        lambda: fg.dense(max_size=0),
+    ),
+    Row(
+        "dense with blocks of zero",
+        ValueError,
+        "`block_size` of `dense` must be a positive integer known before tracing, got 0",
+        lambda: fg.dense(block_size=0),
+    ),
+    Row(
+        "truncated_itd of no steps",
+        ValueError,
+        "`num_steps` of `truncated_itd` must be a positive integer known before tracing, got 0",
+        lambda: fg.truncated_itd(num_steps=0),
+    ),
+    Row(
+        "from_optax of no steps",
+        ValueError,
+        "`num_steps` of `from_optax` must be a positive integer known before tracing, got 0",
+        lambda: fg.from_optax(loss, optax.sgd(0.1), num_steps=0),
+    ),
+    *(
+        Row(
+            f"{constants.__name__} with L={L}, mu={mu}",
+            ValueError,
+            f"`{constants.__name__}` needs 0 < `mu` <= `L`, got L={L}, mu={mu}",
+            lambda constants=constants, L=L, mu=mu: constants(L, mu),
+        )
+        for constants in (fg.optimal_step_size, fg.optimal_heavy_ball)
+        for L, mu in ((1.0, 2.0), (1.0, 0.0), (float("nan"), 1.0))
+    ),
+]
+POLICY_ROWS = [
+    Row(
+        f"{where} with an unknown policy",
+        ValueError,
+        rf"`on_failure` of `{where}` must be one of \('nan', 'warn', 'raise', 'ignore'\), got 'zero'",
+        call,
+    )
+    for where, call in {
+        "picard": lambda: fg.picard(half, num_steps=2, on_failure="zero"),
+        "anderson": lambda: fg.anderson(half, num_steps=2, on_failure="zero"),
+        "checked": lambda: fg.checked(half, half, on_failure="zero"),
+        "fixed_point": lambda: fg.fixed_point(half, AID, on_failure="zero"),
+        "hypergradient": lambda: fg.hypergradient(loss, half, half, AID, on_failure="zero"),
+    }.items()
+]
+ESTIMATOR_ROWS = [
+    Row(
+        f"{where} with {name} for an estimator",
+        TypeError,
+        rf"`estimator` of `{where}` must be an `Estimator` such as .*, got {got}.*\. Call a factory, "
+        r"as in `itd\(\)`; a linear solver goes inside: `aid\(cg\(num_steps=10\)\)`",
+        lambda use=use, value=value: use(value),
+    )
+    for where, use in {
+        "forward": fg.forward,
+        "fixed_point": lambda estimator: fg.fixed_point(half, estimator),
+        "hypergradient": lambda estimator: fg.hypergradient(loss, half, half, estimator),
+    }.items()
+    for name, value, got in (
+        ("a factory", fg.itd, "<function itd"),
+        ("a linear solver", fg.cg(num_steps=2), "<function"),
+        ("text", "aid", "'aid' of type `str`"),
+    )
+]
+
+
+# Structure, shapes and dtypes, found while tracing.
+
+
+def decorated(phi, solver=None, **settings):
+    return fg.fixed_point(phi, AID, **settings)(solver or (lambda w0, lam: w0 + 0.0 * lam))
+
+
+def shorter(w, lam):
+    return (0.5 * w + lam)[:1]
+
+
+def as_pair(w, lam):
+    return 0.5 * w + lam, lam
+
+
+def as_float32(w, lam):
+    return (0.5 * w + lam).astype(jnp.float32)
+
+
+ONES = jnp.ones(2)
+MISMATCHES = {
+    "shape": (shorter, r"float64\[1\]"),
+    "structure": (as_pair, r"\(float64\[2\], float64\[2\]\)"),
+    "dtype": (as_float32, r"float32\[2\]"),
+}
+STRUCTURE_ROWS = [
+    *(
+        Row(
+            f"{where} with a map of another {name}",
+            TypeError,
+            rf"`{where}`: `phi\(.*\)` must have the structure, shapes and dtypes of `w0?`.*\n"
+            rf"  `w0?`.*: float64\[2\]\n"
+            rf"  `phi\(.*\)`: {got}\n"
+            "Make the two agree; where only dtypes differ, cast one of them with `.astype`",
+            lambda use=use, phi=phi: use(phi),
+        )
+        for where, use in {
+            "picard": lambda phi: fg.picard(phi, num_steps=2)(ONES, ONES),
+            "anderson": lambda phi: fg.anderson(phi, num_steps=2)(ONES, ONES),
+            "checked": lambda phi: fg.checked(lambda w0, lam: w0 + 0.0 * lam, phi)(ONES, ONES),
+            "fixed_point": lambda phi: decorated(phi)(ONES, ONES),
+            "hypergradient": lambda phi: fg.hypergradient(
+                loss, phi, lambda w0, lam: w0 + 0.0 * lam, AID
+            ).init(ONES, ONES),
+        }.items()
+        for name, (phi, got) in MISMATCHES.items()
+    ),
+    Row(
+        "unrolled solver with a map of another shape",
+        TypeError,
+        r"`fixed_point`: `phi\(w, ...\)` must have the structure, shapes and dtypes of `w`",
+        lambda: fg.fixed_point(shorter, fg.itd())(lambda w0, lam: w0 + lam)(ONES, ONES),
+    ),
+    Row(
+        "solver that returns another structure than w0",
+        TypeError,
+        r"`hypergradient`: `w0` must have the structure, .* of `w` \(the solver's result\)",
+        lambda: fg.hypergradient(
+            lambda w, lam: jnp.sum(w["w"] + lam),
+            lambda w, lam: {"w": 0.5 * w["w"] + lam},
+            lambda w0, lam: {"w": w0 + lam},
+            AID,
+        ).init(ONES, ONES),
+    ),
+    Row(
+        "product of another shape than b",
+        TypeError,
+        r"`cg`: `matvec\(b\)` must have the structure, shapes and dtypes of `b`.\n"
+        r"  `b`: float64\[2\]\n  `matvec\(b\)`: float64\[1\]",
+        lambda: fg.cg(num_steps=2)(lambda v: v[:1], ONES),
+    ),
+    Row(
+        "start of another dtype than b",
+        TypeError,
+        r"`fp`: `x0` must have the structure, shapes and dtypes of `b`.\n"
+        r"  `b`: float64\[2\]\n  `x0`: float32\[2\]",
+        lambda: fg.fp(num_steps=2)(lambda v: 0.5 * v, ONES, ONES.astype(jnp.float32)),
+    ),
+    Row(
+        "dense system that is too large",
+        ValueError,
+        "`dense` would materialise a 5 by 5 matrix, more than its `max_size`=4; use `cg`, `gmres` "
+        "or `fp`, or raise `max_size`",
+        lambda: fg.dense(max_size=4)(lambda v: 0.5 * v, jnp.ones(5)),
+    ),
+    *(
+        Row(
+            f"outer objective that returns {name}",
+            TypeError,
+            rf"`outer` of `hypergradient` must return one real scalar, got {got}; sum or average",
+            lambda outer=outer: fg.hypergradient(
+                outer, half, lambda w0, lam: w0 + 0.0 * lam, AID
+            ).init(ONES, ONES),
+        )
+        for name, outer, got in (
+            ("a vector", lambda w, lam: w + lam, r"float64\[2\]"),
+            (
+                "a complex number",
+                lambda w, lam: jnp.sum(w + lam).astype(complex),
+                r"complex128\[\]",
+            ),
+            ("an integer", lambda w, lam: jnp.sum(w > lam), r"int64\[\]"),
+            ("a pair", lambda w, lam: (jnp.sum(w), lam), r"\(float64\[\], float64\[2\]\)"),
+            ("a list", lambda w, lam: [jnp.sum(w + lam)], r"\[float64\[\]\]"),
+        )
+    ),
+    Row(
+        "has_aux without a pair",
+        TypeError,
+        r"The solver under `fixed_point` must return the pair `\(w, aux\)`, since `has_aux=True`, got "
+        r"float64\[2\]",
+        lambda: decorated(half, has_aux=True)(ONES, ONES),
+    ),
+    Row(
+        "argument that is neither an array nor hashable",
+        TypeError,
+        r"An argument of the decorated solver holds \{1\} of type `set`, which is neither numeric nor "
+        "hashable; pass arrays, numbers or registered pytrees, or close over it",
+        lambda: decorated(half)(ONES, {1}),
+    ),
+    Row(
+        "starting point that holds text",
+        TypeError,
+        r"`w0` of `fixed_point` must hold arrays and numbers only, got 'zero' of type `str` at "
+        r"`w0\['w'\]`; keep it elsewhere: as a further argument, or in a closure",
+        lambda: decorated(half)({"w": "zero"}, ONES),
+    ),
+]
+
+
+LINEAR_SOLVER_ROWS = [
+    Row(
+        "aid with a solver that takes something else",
+        TypeError,
+        r"`linear_solver` of `aid` must take `\(matvec, b, x0=None\)`, got .*too many positional "
+        r"arguments. Call a factory, as in `cg\(num_steps=10\)`",
+        lambda: fg.aid(lambda matvec: matvec),
+    ),
+    *(
+        Row(
+            f"aid with a solver that returns {name}",
+            TypeError,
+            r"`linear_solver` of `aid` must return a pair `\(x, info\)` with info a `SolveInfo`, got "
+            r".*It solves \(I - M\) x = b from products with M: the solvers of `jax.scipy` do "
+            "something else, those of lineax go through `from_lineax`",
+            lambda solver=solver: _one_gradient(fg.aid(solver)),
+        )
+        for name, solver in (
+            ("x alone", lambda _, b, __=None: b),
+            ("no info", lambda _, b, __=None: (b, None)),
+        )
+    ),
+    Row(
+        "aid with a solver whose x is not like b",
+        TypeError,
+        r"`aid`: `x`, of the linear solver's `\(x, info\)` must have the structure, .* of `b`",
+        lambda: _one_gradient(
+            fg.aid(lambda _, b, __=None: fg.fp(num_steps=2)(lambda v: v, b["w"]))
+        ),
+    ),
+    Row(
+        "product that is a matrix",
+        TypeError,
+        r"`matvec` of `cg` must be a function `matvec\(x\) -> M x`, got .*Array",
+        lambda: fg.cg(num_steps=2)(jnp.eye(2), ONES),
+    ),
+    Row(
+        "right-hand side of integers",
+        TypeError,
+        r"`b` of `cg` must hold floating-point or complex arrays only, got int64\[2\]; cast integers",
+        lambda: fg.cg(num_steps=2)(lambda v: v, jnp.ones(2, int)),
+    ),
+    Row(
+        "from_lineax with a class",
+        TypeError,
+        "`solver` of `from_lineax` must be a `lineax.AbstractLinearSolver`, got .*; make one, as in "
+        r"`lineax.GMRES\(rtol=1e-6, atol=1e-6\)`",
+        lambda: fg.from_lineax(lineax.GMRES),
+    ),
+]
+OTHER_ROWS = [
+    Row(
+        "itd through a host solver",
+        TypeError,
+        "A solver made by `from_host` is not JAX and cannot be differentiated itself. Decorate it "
+        r"with `fixed_point\(phi, aid\(...\)\)` or `truncated_itd\(...\)`",
+        lambda: jax.grad(lambda lam: fg.fixed_point(half, fg.itd())(fg.from_host(half))(1.0, lam))(
+            1.0
+        ),
+    ),
+    Row(
+        "reverse-mode itd through a while_loop",
+        ValueError,
+        r"(?s)while_loop.*`itd\(\)` differentiates the solver's own loop, in reverse mode here: give "
+        r"the solver `num_steps` in place of `max_steps`, or take `aid\(...\)`",
+        lambda: fg.hypergradient(loss, half, fg.picard(half, max_steps=9, rtol=0.1), fg.itd()).init(
+            ONES, ONES
+        ),
+    ),
+    Row(
+        "solver that needs concrete values",
+        jax.errors.TracerArrayConversionError,
+        "(?s)`fixed_point` traces the solver, as `jax.jit` does. A solver in NumPy or SciPy, or Python "
+        "code that needs concrete values, goes through `fixedgrad.from_host`",
+        lambda: decorated(half, lambda w0, lam: np.asarray(w0) + np.asarray(lam))(ONES, ONES),
+    ),
+    Row(
+        "map that does not take what the solver takes",
+        TypeError,
+        r"(?s)unexpected keyword.*`fixed_point` called `phi` with w = float64\[2\], args = "
+        r"\(float64\[2\], float64\[\]\), kwargs = \{'c': float64\[\]\}: `phi` gets what the "
+        "solver gets",
+        lambda: decorated(half, lambda w0, *_, **__: w0)(ONES, ONES, 1.0, c=2.0),
+    ),
+    Row(
+        "from_optax with a factory",
+        TypeError,
+        "`optimizer` of `from_optax` must be an optax optimiser, got .*; call it, as in "
+        r"`optax.adam\(1e-2\)`",
+        lambda: fg.from_optax(loss, optax.sgd, num_steps=2),
+    ),
+    *(
+        Row(
+            f"{make.__name__} on a state without momentum",
+            TypeError,
+            rf"The map of `{make.__name__}` acts on a state `Momentum\(w, previous\)`, got "
+            r"float64\[2\]; start from `Momentum\(w0, w0\)`, and take `.w` of the result",
+            lambda make=make: make(loss, step_size=0.1, momentum=0.1)(ONES, ONES),
+        )
+        for make in (fg.heavy_ball, fg.nesterov)
+    ),
+    Row(
+        "has_aux that is a function",
+        TypeError,
+        "`has_aux` of `fixed_point` must be a bool, got .* of type `function`",
+        lambda: decorated(half, has_aux=half),
+    ),
+    Row(
+        "start that is a factory",
+        TypeError,
+        r"`start` of `hypergradient` must be a `Start`, got .*; call a factory, as in `warm\(\)`",
+        lambda: fg.hypergradient(loss, half, half, AID, start=fg.warm),
+    ),
+    Row(
+        "update with its arguments in the wrong order",
+        TypeError,
+        "`state` of `update` must be what `init` or the last `update` returned, got .*; the order is "
+        r"`update\(state, lam\)`",
+        lambda: HYPERGRAD.update(ONES, HYPERGRAD.init(ONES, ONES)),
+    ),
+    Row(
+        "lam of integers",
+        TypeError,
+        r"`lam` of `hypergradient` has no floating-point leaf to differentiate, got int64\[\]; write "
+        "`1.0` for `1`",
+        lambda: HYPERGRAD.init(ONES, jnp.asarray(1)),
+    ),
+]
+
+
+def _one_gradient(estimator):
+    def phi(w, lam):
+        return {"w": 0.5 * w["w"] + lam}
+
+    solve = fg.fixed_point(phi, estimator)(fg.picard(phi, num_steps=2))
+    return jax.eval_shape(jax.grad(lambda lam: solve({"w": 1.0}, lam)["w"]), 1.0)
+
+
+# The outer loop.
+
+HYPERGRAD = fg.hypergradient(loss, half, fg.picard(half, num_steps=3), AID)
+BILEVEL_ROWS = [
+    Row(
+        "bilevel with a function for a hypergradient",
+        TypeError,
+        r"`hypergrad` of `bilevel` must have `init` and `update`, as `hypergradient\(...\)` returns",
+        lambda: fg.bilevel(loss, optax.sgd(0.1)),
+    ),
+    Row(
+        "bilevel with a factory for an optimiser",
+        TypeError,
+        "`optimizer` of `bilevel` must be an optax optimiser, got .*; call it, as in "
+        r"`optax.adam\(1e-2\)`",
+        lambda: fg.bilevel(HYPERGRAD, optax.sgd),
+    ),
+    Row(
+        "bilevel with a projection that is no function",
+        TypeError,
+        r"`project` of `bilevel` must be a function `project\(lam\) -> lam`, got 1.0 of type `float`",
+        lambda: fg.bilevel(HYPERGRAD, optax.sgd(0.1), project=1.0),
+    ),
+    Row(
+        "bilevel with a projection to another shape",
+        TypeError,
+        r"`bilevel`: `project\(lam\)` must have the structure, shapes and dtypes of `lam`",
+        lambda: _one_step(fg.bilevel(HYPERGRAD, optax.sgd(0.1), project=lambda lam: lam[:1])),
+    ),
+    Row(
+        "run of no steps",
+        ValueError,
+        "`num_steps` of `run` must be a positive integer known before tracing, got 0",
+        lambda: fg.run(fg.bilevel(HYPERGRAD, optax.sgd(0.1)), None, num_steps=0),
+    ),
+]
+
+
+def _one_step(loop):
+    return jax.eval_shape(lambda: loop.step(loop.init(ONES, ONES)))
+
+
+ROWS = [
+    *STOPPING_ROWS,
+    *COUNT_ROWS,
+    *TOLERANCE_ROWS,
+    *TRACED_ROWS,
+    *CALLABLE_ROWS,
+    *NUMBER_ROWS,
+    *POLICY_ROWS,
+    *ESTIMATOR_ROWS,
+    *STRUCTURE_ROWS,
+    *LINEAR_SOLVER_ROWS,
+    *OTHER_ROWS,
+    *BILEVEL_ROWS,
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.replace(" ", "-"))
+def test_mistake_is_explained(row):
+    with pytest.raises(row.error, match=row.match):
+        row.call()
+
+
+# Failed solves: their messages come from a callback at run time.
+
+REMEDIES = {
+    fg.Status.MAX_STEPS: (
+        fg.picard(half, max_steps=2, rtol=1e-9, on_failure="raise"),
+        "the lower-level solve failed: MAX_STEPS after 2 steps, residual 0.25.*; raise `max_steps`, "
+        "loosen `rtol`/`atol`, or start closer",
+    ),
+    fg.Status.DIVERGED: (
+        fg.picard(lambda w, lam: 2.0 * w + lam, max_steps=2, rtol=1e-9, on_failure="raise"),
+        r"DIVERGED after 2 steps, residual .*; the map is not a contraction here: damp it "
+        r"\(`fixedgrad.damped`\), shorten its step",
+    ),
+    fg.Status.NON_FINITE: (
+        fg.picard(lambda w, lam: w + lam / jnp.zeros(()), num_steps=2, on_failure="raise"),
+        "NON_FINITE after 2 steps, residual nan; NaN or infinity appeared: check `phi`",
+    ),
+}
+
+
+@pytest.mark.parametrize("status", REMEDIES, ids=lambda status: status.name)
+def test_failed_lower_level_names_its_status_and_a_remedy(status):
+    solver, match = REMEDIES[status]
+    with pytest.raises(Exception, match=f"(?s)SolveFailedError.*{match}"):
+        jnp.asarray(solver(0.0, 1.0)).block_until_ready()
+
+
+MATRICES = {
+    fg.Status.INDEFINITE: (
+        fg.cg(num_steps=2),
+        np.diag([3.0, 0.5]),
+        r"INDEFINITE after . steps, residual .*; I - M is not positive definite: use `gmres`",
+    ),
+    fg.Status.NOT_SYMMETRIC: (
+        fg.cg(num_steps=2),
+        np.array([[0.5, 0.4], [-0.4, 0.2]]),
+        "NOT_SYMMETRIC after 2 steps, residual .*; M is not symmetric: use `gmres`, `bicgstab`",
+    ),
+    fg.Status.SINGULAR: (
+        fg.dense(),
+        np.array([[1.0, 0.0], [0.0, 0.5]]),
+        r"SINGULAR after 1 steps, residual .*; I - M is singular: w\(lambda\) is not differentiable",
+    ),
+}
+
+
+@pytest.mark.parametrize("status", MATRICES, ids=lambda status: status.name)
+def test_failed_linear_solve_names_its_status_and_a_remedy(status):
+    linear_solver, m, match = MATRICES[status]
+
+    @fg.fixed_point(lambda w, lam: m @ w + lam, fg.aid(linear_solver), on_failure="raise")
+    def solve(w0, lam):
+        return w0 + 0.0 * lam
+
+    stage = "the linear solve of the derivative failed: "
+    with pytest.raises(Exception, match=f"(?s)SolveFailedError: {stage}{match}"):
+        jax.grad(lambda lam: solve(ONES, lam) @ jnp.array([2.0, 1.0]))(ONES).block_until_ready()
+
+
+# No message without a row.
+
+SOURCE = pathlib.Path(fg.__file__).parent
+ELSEWHERE = {
+    # Modules whose own test files check their messages.
+    "adaptive.py",
+    "bounds.py",
+    "certificate.py",
+    "certified.py",
+    "diagnostics.py",
+    "dual_weighted.py",
+    "proved.py",
+}
+AT_RUN_TIME = {"SolveFailedError"}  # Raised in callbacks: the tests above.
+
+
+def raised_in(path: pathlib.Path) -> list[ast.Raise]:
+    raises = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+    return [
+        node
+        for node in raises
+        if isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) not in AT_RUN_TIME
+    ]
+
+
+def where_it_raises(call: Callable[[], Any]) -> tuple[str, int]:
+    """File and line of the innermost frame of the library."""
+    found = ("nowhere", 0)
+    try:
+        call()
+    except Exception:
+        trace = sys.exc_info()[2]
+        while trace is not None:
+            path = trace.tb_frame.f_code.co_filename
+            if path.startswith(str(SOURCE)):
+                found = (path, trace.tb_lineno)
+            trace = trace.tb_next
+    return found
+
+
+def test_every_raise_in_the_library_has_a_row():
+    reached = {where_it_raises(row.call) for row in ROWS}
+    missed = [
+        f"{path.relative_to(SOURCE)}:{node.lineno}: {ast.unparse(node)}"
+        for path in sorted(SOURCE.rglob("*.py"))
+        if path.name not in ELSEWHERE
+        for node in raised_in(path)
+        if not any(
+            (str(path), line) in reached for line in range(node.lineno, (node.end_lineno or 0) + 1)
+        )
+    ]
+    assert not missed, "\n".join(missed)

@@ -1,0 +1,187 @@
+"""Every experiment at its smallest size, and the machinery that they share."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fixedgrad as fg
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+from experiments import convergence, report
+from experiments.__main__ import NAMES, main
+
+# What makes an experiment smaller still than `--quick` does.
+SMALLER = {"figure1": ["--settings", "lr", "br"]}
+
+
+def run(name: str, out: Path, *options: str) -> dict:
+    # As a user runs them: optax's Adam does not pass the strict promotion of these tests.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        code = main([name, "--quick", "--out", str(out), *SMALLER.get(name, []), *options])
+    if code == 2:
+        pytest.skip(f"`{name}` needs data that is not here")
+    assert code == 0
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No test downloads anything: data is read from where it is, or the test is skipped."""
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("offline")
+def test_quick_run_keeps_its_claims_and_writes_its_results(name, tmp_path, capsys):
+    record = run(name, tmp_path)
+    assert set(record) == {"settings", "claims", "results", "volatile"}
+    assert all(claim["holds"] or not claim["required"] for claim in record["claims"])
+    assert record["volatile"]["environment"]["packages"]["jax"] == jax.__version__
+    assert list(tmp_path.glob("*.png"))
+    printed = capsys.readouterr().out
+    assert record["claims"]
+    assert all(claim["claim"] in printed for claim in record["claims"])
+
+
+def test_the_same_seed_gives_the_same_results(tmp_path):
+    small = ("--settings", "br", "--num-lam", "1", "--seed", "1")
+    records = [run("figure1", tmp_path / name, *small) for name in ("a", "b")]
+    first, again = ({**record, "volatile": None} for record in records)
+    assert first == again
+
+
+def test_curves_are_what_the_explicit_form_computes_for_each_t(problem_of_two_maps):
+    problem, lam = problem_of_two_maps
+    grid, t, k = convergence.Grid(3, 2), 6, 4
+    estimators = {
+        "itd": fg.itd(),
+        "fp_t": fg.aid(fg.fp(num_steps=t)),
+        "fp_10": fg.aid(fg.fp(num_steps=k)),
+        "cg_t": fg.aid(fg.cg(num_steps=t)),
+        "cg_10": fg.aid(fg.cg(num_steps=k)),
+    }
+    w = jax.jit(lambda lam: convergence.iterates(problem, lam, grid))(lam)
+    run_solver = fg.picard(problem.phi, num_steps=t)
+    for method, estimator in estimators.items():
+        curve = functools.partial(convergence.hypergradients, method, problem, grid=grid, k=k)
+        rows = jax.jit(curve)(lam, w)
+        by_cg = method.startswith("cg")
+        outer = problem.outer_cg if by_cg else problem.outer
+        phi = problem.phi_cg if by_cg else problem.phi
+
+        def solver(w0, lam, by_cg=by_cg):
+            state = run_solver(problem.w0 if by_cg else w0, lam)
+            return problem.to_cg(state) if by_cg else state
+
+        hypergrad = fg.hypergradient(outer, phi, solver, estimator)
+        w0 = problem.to_cg(problem.w0) if by_cg else problem.w0
+        grad, _ = jax.jit(hypergrad.update)(hypergrad.init(w0, lam), lam)
+        assert grid.t[2] == t
+        np.testing.assert_allclose(rows[2], grad, rtol=1e-12, err_msg=method)
+
+
+@pytest.fixture
+def problem_of_two_maps():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (6, 4))
+    y, lam = jax.random.normal(keys[1], (6,)), jax.random.uniform(keys[2], (4,))
+
+    def loss(w, lam):
+        return jnp.sum(jnp.logaddexp(0.0, -y * (x @ w))) + 0.5 * jnp.sum(jnp.exp(lam) * w**2)
+
+    def outer(w, lam):
+        return jnp.sum(w**2) + jnp.sum(lam**2)
+
+    zero = jnp.zeros(4)
+    problem = convergence.Problem(
+        outer=lambda state, lam: outer(state.w, lam),
+        phi=fg.heavy_ball(loss, step_size=0.1, momentum=0.3),
+        w0=fg.Momentum(zero, zero),
+        outer_cg=outer,
+        phi_cg=fg.gradient_descent(loss, step_size=0.05),
+        to_cg=lambda state: state.w,
+    )
+    return problem, lam
+
+
+def test_an_unknown_method_is_refused(problem_of_two_maps):
+    problem, lam = problem_of_two_maps
+    grid = convergence.Grid(1, 1)
+    with pytest.raises(ValueError, match=r"`method` must be a key of `report.METHODS`"):
+        convergence.hypergradients("gmres", problem, lam, (problem.w0,), grid)
+
+
+def test_without_a_name_the_experiments_are_listed_with_their_claims(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in NAMES)
+    assert "CG errs less than FP" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["figure9"], "There is no experiment `figure9`; there are: quickstart"),
+        (["quickstart", "--seed", "-1"], "a seed is an integer"),
+        (["quickstart", "--seed", "one"], "a seed is an integer"),
+        (["quickstart", "--quick", "--full"], "not allowed with argument"),
+        (["quickstart", "--out", "/dev/null/out"], "`--out` cannot be made a folder"),
+        (["figure1", "--num-lam", "0"], "an integer of at least 1"),
+        (["figure1", "--settings", "svm"], "invalid choice: 'svm'"),
+    ],
+)
+def test_a_bad_command_line_ends_with_code_2_and_says_why(arguments, message, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as exit_:  # How argparse ends.
+        code = exit_.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "quickstart" in done.stdout
+
+
+def test_a_table_is_aligned():
+    text = report.table(("method", "error"), [("ITD", "1e-3"), ("CG k = t", "1")])
+    assert text.splitlines() == [
+        "method    error",
+        "--------  -----",
+        "ITD        1e-3",
+        "CG k = t      1",
+    ]
+
+
+@pytest.mark.parametrize(("required", "code"), [(True, 1), (False, 0)])
+def test_only_required_claims_decide_the_exit_code(required, code, capsys):
+    claims = report.Claims()
+    claims.check("one is one", True, "1")
+    assert claims.exit_code == 0
+    claims.check("one is two", False, "1", required=required)
+    assert claims.exit_code == code
+    assert ("[NO]" if required else "[no]") in capsys.readouterr().out
+
+
+def test_results_are_strict_json_with_none_for_what_is_not_finite(tmp_path):
+    values = {"a": np.array([1.0, np.nan]), "b": jnp.inf, "c": np.int64(3), "d": (True, "x")}
+    path = report.write_results(
+        tmp_path, claims=report.Claims(), settings={}, results=values, volatile={}
+    )
+    record = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert record["results"] == {"a": [1.0, None], "b": None, "c": 3, "d": [True, "x"]}

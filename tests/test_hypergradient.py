@@ -1,0 +1,412 @@
+"""The explicit form: gradients, the state and its structure, info, warm starts, failures."""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import fixedgrad as fg
+from fixedgrad import Status
+from problems import (
+    ESTIMATOR,
+    ESTIMATORS,
+    PROBLEM,
+    PROBLEMS,
+    assert_close,
+    matrix,
+    named,
+    single,
+    solver_of,
+)
+
+EPS = float(jnp.finfo(jnp.float64).eps)
+ROOT = PROBLEM["square root"]
+STARTS = pytest.mark.parametrize("start", [fg.cold(), fg.warm()], ids=["cold", "warm"])
+
+
+def explicit(problem, estimator, solver=None, **settings):
+    return fg.hypergradient(
+        problem.outer, problem.phi, solver or solver_of(problem), estimator, **settings
+    )
+
+
+def after_one_update(problem, estimator, solver=None, **settings):
+    hypergrad = explicit(problem, estimator, solver, **settings)
+    update = jax.jit(hypergrad.update)
+    return update(hypergrad.init(problem.w0, problem.lam), problem.lam)
+
+
+# Gradients.
+
+
+@pytest.mark.parametrize(
+    ("problem", "row"),
+    [
+        pytest.param(PROBLEM["ridge" if row.symmetric_only else "nonlinear"], row, id=named(row))
+        for row in ESTIMATORS
+        if row.everywhere
+    ],
+)
+def test_gradient_and_value_equal_those_of_the_closed_form(problem, row):
+    gradient, state = after_one_update(problem, row.estimator, start=fg.warm())
+    assert_close(gradient, problem.gradient(), row.accuracy + 2**10 * EPS)
+    want = problem.outer(problem.solution(problem.lam), problem.lam)
+    np.testing.assert_allclose(state.value, want, rtol=2**6 * EPS)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [*PROBLEMS, single(PROBLEM["pytree"]), single(PROBLEM["complex holomorphic"])],
+    ids=[*map(named, PROBLEMS), "pytree-float32", "complex64"],
+)
+def test_gradient_and_w_are_right_and_of_the_right_type_on_every_problem(problem):
+    gradient, state = after_one_update(problem, fg.aid(fg.fp(num_steps=90)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradient, problem.lam)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state.w, problem.w0)
+    assert_close(gradient, problem.gradient(), 2**10 * problem.eps)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        fg.itd(),
+        fg.truncated_itd(num_steps=2),
+        fg.aid(fg.fp(num_steps=2)),
+        fg.aid(fg.cg(num_steps=2)),
+    ],
+    ids=["itd", "truncated_itd", "fp", "cg"],
+)
+def test_coarse_estimates_equal_those_of_the_decorator(estimator):
+    problem = PROBLEM["ridge"]
+    solver = fg.picard(problem.phi, num_steps=3)
+    gradient, state = after_one_update(problem, estimator, solver)
+    solve = fg.fixed_point(problem.phi, estimator)(solver)
+    want = jax.value_and_grad(lambda lam: problem.outer(solve(problem.w0, lam), lam))(problem.lam)
+    assert_close((state.value, gradient), want, 1e-13)
+    assert jnp.linalg.norm(gradient - problem.gradient()) > 1e-6
+
+
+def test_v_solves_the_adjoint_system():
+    problem = PROBLEM["nonlinear"]
+    _, state = after_one_update(problem, fg.aid(fg.dense()))
+    b = jax.grad(problem.outer)(state.w, problem.lam)
+    _, vjp = jax.vjp(lambda w: problem.phi(w, problem.lam), state.w)
+    assert_close(state.v - vjp(state.v)[0], b, 2**6 * EPS)
+
+
+def test_further_arguments_are_data_and_reach_all_three_functions():
+    x, y = jnp.asarray(matrix(60, 1.0, 5, 3)), jnp.cos(jnp.arange(5.0))
+
+    def loss(w, lam, x, *, y):
+        return 0.5 * jnp.sum((x @ w - y) ** 2) + 0.5 * lam["ridge"] * jnp.sum(w**2)
+
+    def outer(w, lam, x, *, y):
+        return jnp.sum((x @ w - 2.0 * y) ** 2) + lam["ridge"]
+
+    def closed(lam):
+        w = jnp.linalg.solve(x.T @ x + lam["ridge"] * jnp.eye(3), x.T @ y)
+        return outer(w, lam, x, y=y)
+
+    phi = fg.gradient_descent(loss, step_size=0.7)
+    hypergrad = fg.hypergradient(
+        outer, phi, fg.picard(phi, num_steps=80), fg.aid(fg.cg(num_steps=3))
+    )
+    lam = {"ridge": jnp.asarray(0.8)}
+    state = hypergrad.init(jnp.zeros(3), lam, x, y=y)
+    gradient, state = jax.jit(hypergrad.update)(state, lam, x, y=y)
+    assert_close(gradient, jax.grad(closed)(lam), 2**10 * EPS)
+    np.testing.assert_allclose(state.value, closed(lam), rtol=2**6 * EPS)
+
+
+def test_integers_in_lam_and_w_ride_along():
+    def phi(w, lam):
+        return {"w": 0.5 * w["w"] + lam["x"] * lam["n"].astype(float), "k": w["k"]}
+
+    hypergrad = fg.hypergradient(
+        lambda w, _: w["w"], phi, fg.picard(phi, num_steps=70), fg.aid(fg.dense())
+    )
+    lam = {"x": jnp.asarray(1.0), "n": jnp.asarray(3)}
+    state = hypergrad.init({"w": 0.0, "k": 5}, lam)
+    gradient, state = hypergrad.update(state, lam)
+    np.testing.assert_allclose(gradient["x"], 6.0, rtol=2**6 * EPS)
+    assert gradient["n"].dtype == jax.dtypes.float0
+    assert int(state.w["k"]) == 5
+
+
+# State.
+
+
+@STARTS
+@pytest.mark.parametrize("name", ["itd", "aid cg rtol"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=named)
+def test_state_keeps_its_structure_shapes_and_dtypes(problem, name, start):
+    hypergrad = explicit(problem, ESTIMATOR[name].estimator, start=start)
+    state = hypergrad.init(problem.w0, problem.lam)
+    _, following = jax.eval_shape(hypergrad.update, state, problem.lam)
+    chex.assert_trees_all_equal_structs(state, following)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, following)
+
+
+def test_state_before_the_first_update_says_so():
+    state = explicit(ROOT, fg.aid(fg.dense())).init(ROOT.w0, ROOT.lam)
+    assert jnp.isnan(state.value)
+    np.testing.assert_array_equal(state.w, ROOT.w0)
+    np.testing.assert_array_equal(state.v, np.zeros(3))
+    for info in state.info:
+        assert info is not None
+        assert int(info.status) == Status.NOT_RUN
+        assert not bool(info.converged)
+
+
+@pytest.mark.parametrize("estimator", [fg.itd(), fg.truncated_itd(num_steps=2)])
+def test_estimators_without_a_linear_system_have_neither_v_nor_its_info(estimator):
+    _, state = after_one_update(ROOT, estimator, start=fg.warm())
+    assert state.v is None
+    assert state.info.linear is None
+    assert int(state.info.lower.status) == Status.FIXED_STEPS
+
+
+@STARTS
+def test_jitted_update_is_traced_once_even_from_python_numbers(start):
+    def phi(w, lam):
+        return 0.5 * w + lam
+
+    hypergrad = fg.hypergradient(
+        lambda w, lam: 0.5 * w**2 + lam,
+        phi,
+        fg.picard(phi, max_steps=80, rtol=1e-12),
+        fg.aid(fg.cg(max_steps=5, rtol=1e-12)),
+        start=start,
+    )
+    update = jax.jit(chex.assert_max_traces(hypergrad.update, n=1))
+    state = hypergrad.init(0.0, 1.0)
+    for lam in (1.0, 2.0, 3.0):
+        gradient, state = update(state, lam)
+        np.testing.assert_allclose(gradient, 4 * lam + 1, rtol=1e-10)
+        np.testing.assert_allclose(state.value, 2 * lam**2 + lam, rtol=1e-10)
+    chex.clear_trace_counter()
+
+
+@STARTS
+@pytest.mark.parametrize("name", ["itd", "aid cg rtol"])
+def test_scan_over_updates_equals_updates_one_by_one(start, name):
+    hypergrad = explicit(ROOT, ESTIMATOR[name].estimator, start=start)
+    state = hypergrad.init(ROOT.w0, ROOT.lam)
+
+    @jax.jit
+    def descend(lam, state):
+        def step(carry, _):
+            lam, state = carry
+            gradient, state = hypergrad.update(state, lam)
+            return (lam - 0.1 * gradient, state), (gradient, state.value)
+
+        return lax.scan(step, (lam, state), None, length=3)
+
+    (lam, last), (gradients, values) = descend(ROOT.lam, state)
+    update, want = jax.jit(hypergrad.update), ROOT.lam
+    for i in range(3):
+        gradient, state = update(state, want)
+        assert_close((gradients[i], values[i]), (gradient, state.value), 2**6 * EPS)
+        assert_close(gradient, ROOT.gradient(want), 1e-6)
+        want = want - 0.1 * gradient
+    assert_close(lam, want, 2**6 * EPS)
+    assert_close(last.w, state.w, 2**6 * EPS)
+
+
+def test_update_runs_under_vmap_over_state_and_lam():
+    hypergrad = explicit(ROOT, fg.aid(fg.dense()), start=fg.warm())
+    lams = jnp.stack([ROOT.lam, 2.0 * ROOT.lam])
+    states = jax.vmap(hypergrad.init, in_axes=(None, 0))(ROOT.w0, lams)
+    gradients, states = jax.jit(jax.vmap(hypergrad.update))(states, lams)
+    assert_close(gradients, jnp.stack([ROOT.gradient(lam) for lam in lams]), 2**10 * EPS)
+    assert_close(states.w, jnp.sqrt(lams), 2**6 * EPS)
+
+
+# Info.
+
+
+def test_info_of_both_stages_is_that_of_the_solvers():
+    solver = fg.picard(ROOT.phi, max_steps=200, rtol=1e-6)
+    linear = fg.fp(max_steps=200, rtol=1e-3)
+    _, state = after_one_update(ROOT, fg.aid(linear), solver)
+    w, lower = solver.with_info(ROOT.w0, ROOT.lam)
+    assert_close(state.w, w, 4 * EPS)
+    chex.assert_trees_all_close(state.info.lower, lower, rtol=1e-9)
+    b = jax.grad(ROOT.outer)(w, ROOT.lam)
+    v, info = linear(lambda u: jax.vjp(lambda w: ROOT.phi(w, ROOT.lam), w)[1](u)[0], b)
+    assert_close(state.v, v, 1e-13)
+    chex.assert_trees_all_close(state.info.linear, info, rtol=1e-9)
+    assert int(info.status) == Status.CONVERGED
+    assert 0 < int(info.num_steps) < 200
+
+
+def test_solver_that_says_nothing_of_itself_gets_a_true_residual():
+    _, state = after_one_update(ROOT, fg.aid(fg.dense()), lambda _, lam: jnp.sqrt(lam) + 0.1)
+    residual = jnp.linalg.norm(ROOT.phi(state.w, ROOT.lam) - state.w)
+    np.testing.assert_allclose(state.info.lower.residual, residual, rtol=1e-12)
+    assert int(state.info.lower.num_steps) == 0
+    assert int(state.info.lower.status) == Status.FIXED_STEPS
+
+
+# Starts.
+
+TOLERANT = (fg.picard(ROOT.phi, max_steps=200, rtol=1e-9), fg.aid(fg.fp(max_steps=200, rtol=1e-9)))
+
+
+def steps_of_two_updates(start, factor):
+    hypergrad = explicit(ROOT, TOLERANT[1], TOLERANT[0], start=start)
+    update = jax.jit(hypergrad.update)
+    _, one = update(hypergrad.init(ROOT.w0, ROOT.lam), ROOT.lam)
+    _, two = update(one, factor * ROOT.lam)
+    return [tuple(int(info.num_steps) for info in state.info) for state in (one, two)]
+
+
+def test_warm_start_needs_hardly_any_steps_where_lam_hardly_moved():
+    assert steps_of_two_updates(fg.warm(), 1.0)[1] == (0, 0)
+    first, second = steps_of_two_updates(fg.warm(), 1.0 + 1e-6)
+    assert 0 < second[0] < first[0] // 2
+    assert 0 < second[1] < first[1] // 2
+
+
+def test_cold_start_forgets():
+    first, second = steps_of_two_updates(fg.cold(), 1.0)
+    assert first == second
+
+
+def test_warm_start_with_exact_steps_comes_closer_with_every_update():
+    solver = fg.picard(ROOT.phi, num_steps=4)
+    hypergrad = explicit(ROOT, fg.aid(fg.fp(num_steps=4)), solver, start=fg.warm())
+    update, state, errors = (
+        jax.jit(hypergrad.update),
+        hypergrad.init(ROOT.w0, ROOT.lam),
+        [],
+    )
+    for _ in range(4):
+        gradient, state = update(state, ROOT.lam)
+        errors.append(float(jnp.linalg.norm(gradient - ROOT.gradient())))
+    # J ≤ ½, so that four steps of each stage gain a factor of 16 less the cross terms.
+    assert all(later < earlier / 4 for earlier, later in itertools.pairwise(errors))
+
+
+def test_a_start_of_your_own_decides_where_the_solves_start():
+    # Extrapolates w along the last two solutions.
+    start = fg.Start(
+        init=lambda w0, v: (w0, w0, v),
+        propose=lambda memory: (2.0 * memory[0] - memory[1], memory[2]),
+        record=lambda memory, w, v: (w, memory[0], v),
+    )
+    hypergrad = explicit(ROOT, fg.aid(fg.dense()), start=start)
+    state = hypergrad.init(ROOT.w0, ROOT.lam)
+    _, state = hypergrad.update(state, ROOT.lam)
+    assert_close(state.memory, (jnp.sqrt(ROOT.lam), ROOT.w0, state.v), 2**6 * EPS)
+
+
+# Failures.
+
+
+def test_failed_lower_level_gives_nan_and_leaves_the_memory_alone():
+    # Small λ slow the iteration down: 12 steps do not suffice there.
+    solver = fg.picard(ROOT.phi, max_steps=60, rtol=1e-9)
+    hypergrad = explicit(ROOT, fg.aid(fg.dense()), solver, start=fg.warm())
+    update = jax.jit(hypergrad.update)
+    gradient, good = update(hypergrad.init(ROOT.w0, ROOT.lam), ROOT.lam)
+    assert_close(gradient, ROOT.gradient(), 1e-7)
+    hard = jnp.array([1e-4, 2.0, 3.0])
+    gradient, failed = update(good, hard)
+    assert jnp.all(jnp.isnan(gradient))
+    assert int(failed.info.lower.status) == Status.MAX_STEPS
+    assert not bool(failed.info.lower.converged)
+    assert jnp.all(jnp.isfinite(failed.w))
+    assert jnp.isfinite(failed.value)
+    assert float(failed.w[0]) < float(good.w[0])  # The state shows what was computed ...
+    chex.assert_trees_all_equal(failed.memory, good.memory)  # ... and remembers what was good.
+    gradient, again = update(failed, ROOT.lam)
+    assert_close(gradient, ROOT.gradient(), 1e-7)
+    assert int(again.info.lower.num_steps) == 0
+
+
+def test_failed_linear_solve_gives_nan_and_leaves_the_memory_alone():
+    hypergrad = explicit(ROOT, fg.aid(fg.fp(max_steps=2, rtol=1e-9)), start=fg.warm())
+    start = hypergrad.init(ROOT.w0, ROOT.lam)
+    gradient, state = jax.jit(hypergrad.update)(start, ROOT.lam)
+    assert jnp.all(jnp.isnan(gradient))
+    assert int(state.info.lower.status) == Status.FIXED_STEPS
+    assert int(state.info.linear.status) == Status.MAX_STEPS
+    assert jnp.all(jnp.isfinite(state.v))
+    chex.assert_trees_all_equal(state.memory, start.memory)
+
+
+def test_failure_that_is_to_be_ignored_gives_the_inexact_gradient():
+    problem = PROBLEM["nonlinear"]
+    linear = fg.aid(fg.fp(max_steps=2, rtol=1e-9))
+    gradient, state = after_one_update(problem, linear, on_failure="ignore")
+    two_steps = fg.aid(fg.fp(num_steps=2))
+    want, _ = after_one_update(problem, two_steps)
+    assert int(state.info.linear.status) == Status.MAX_STEPS
+    # Two steps short of the tolerance are two or three of `num_steps`, depending on the last test.
+    assert_close(gradient, want, 0.5)
+    assert jnp.all(jnp.isfinite(gradient))
+
+
+@pytest.mark.parametrize(
+    ("solver", "estimator", "stage"),
+    [
+        (fg.picard(ROOT.phi, max_steps=2, rtol=1e-9), fg.aid(fg.dense()), "lower-level solve"),
+        (solver_of(ROOT), fg.aid(fg.fp(max_steps=2, rtol=1e-9)), "linear solve of the derivative"),
+    ],
+    ids=["lower", "linear"],
+)
+def test_failure_warns_or_raises_on_request(solver, estimator, stage):
+    def gradient(on_failure):
+        return after_one_update(ROOT, estimator, solver, on_failure=on_failure)[
+            0
+        ].block_until_ready()
+
+    message = f"the {stage} failed: MAX_STEPS after 2 steps"
+    with pytest.warns(fg.SolveFailedWarning, match=message):
+        inexact = gradient("warn")
+    assert jnp.all(jnp.isfinite(inexact))
+    with pytest.raises(Exception, match=message):
+        gradient("raise")
+
+
+def test_only_the_failed_element_of_a_batch_is_nan_and_forgets_nothing():
+    solver = fg.picard(ROOT.phi, max_steps=60, rtol=1e-9)
+    hypergrad = explicit(ROOT, fg.aid(fg.dense()), solver, start=fg.warm())
+    lams = jnp.stack([ROOT.lam, jnp.array([1e-4, 2.0, 3.0])])
+    states = jax.vmap(hypergrad.init, in_axes=(None, 0))(ROOT.w0, lams)
+    gradients, states = jax.jit(jax.vmap(hypergrad.update))(states, lams)
+    np.testing.assert_array_equal(jnp.all(jnp.isnan(gradients), axis=1), [False, True])
+    assert_close(gradients[0], ROOT.gradient(), 1e-7)
+    memory_w, _ = states.memory
+    assert_close(memory_w, jnp.stack([jnp.sqrt(ROOT.lam), ROOT.w0]), 1e-7)
+
+
+def test_update_drives_an_optax_loop_to_the_minimum():
+    # min over λ of ½ ‖√λ − 1‖², whose minimiser is λ = 1.
+    hypergrad = fg.hypergradient(
+        lambda w, _: 0.5 * jnp.sum((w - 1.0) ** 2),
+        ROOT.phi,
+        TOLERANT[0],
+        TOLERANT[1],
+        start=fg.warm(),
+    )
+    optimizer = optax.sgd(1.0)
+
+    @jax.jit
+    def descend(lam):
+        def step(_, carry):
+            lam, state, hyper = carry
+            gradient, hyper = hypergrad.update(hyper, lam)
+            updates, state = optimizer.update(gradient, state)
+            return optax.apply_updates(lam, updates), state, hyper
+
+        start = lam, optimizer.init(lam), hypergrad.init(ROOT.w0, lam)
+        return lax.fori_loop(0, 60, step, start)[0]
+
+    assert_close(descend(ROOT.lam), jnp.ones(3), 1e-6)

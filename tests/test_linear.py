@@ -1,0 +1,545 @@
+"""Linear solvers: exactness, true residuals, verdicts, and agreement with SciPy step by step."""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import lineax
+import numpy as np
+import pytest
+import scipy.sparse.linalg as scipy_linalg
+
+import fixedgrad as fg
+from fixedgrad import Status
+from problems import LINEAR, LINEAR_SOLVERS, assert_close, like, matrix, named
+
+EPS = float(jnp.finfo(jnp.float64).eps)
+EACH = pytest.mark.parametrize("row", LINEAR_SOLVERS, ids=named)
+WITH_TOLERANCE = ("fp rtol", "cg rtol", "normal_cg rtol", "gmres rtol", "bicgstab rtol")
+
+D = 4
+GENERAL, SYMMETRIC = matrix(40, 0.7, D, D), matrix(41, 0.7, D, D, symmetric=True)
+B, OTHER = np.array([1.0, -2.0, 0.5, 3.0]), np.array([0.3, 0.1, -1.0, 2.0])
+ORTHOGONAL = np.linalg.qr(matrix(42, 1.0, D, D))[0]
+
+
+def with_eigenvalues(*eigenvalues: float) -> np.ndarray:
+    """A dense symmetric matrix."""
+    return ORTHOGONAL @ np.diag(eigenvalues) @ ORTHOGONAL.T
+
+
+@functools.cache
+def _compiled(solver: fg.LinearSolver):
+    return jax.jit(lambda m, b, x0: solver(lambda v: like(m, v) @ v, b, x0))
+
+
+@functools.cache
+def exactly(name: str, num_steps: int) -> fg.LinearSolver:
+    return getattr(fg, name)(num_steps=num_steps)
+
+
+def run(solver, m, b: Any = B, x0=None):
+    """(x, info) of a solver, compiled once for all matrices of the same shape."""
+    return _compiled(solver)(*jax.tree.map(jnp.asarray, (m, b, x0)))
+
+
+def suited(row) -> np.ndarray:
+    return SYMMETRIC if row.symmetric_only else GENERAL
+
+
+def residual(m, x, b=B) -> float:
+    x, b = np.asarray(x), np.asarray(b)
+    return float(np.linalg.norm(b - (x - m @ x)))
+
+
+def exact(m, b=B) -> np.ndarray:
+    return np.linalg.solve(np.eye(len(b)) - m, b)
+
+
+# Solutions and info.
+
+
+@EACH
+def test_solver_solves_and_says_so(row):
+    m = suited(row)
+    x, info = run(row.solver, m)
+    assert_close(x, exact(m), row.accuracy + 2**8 * EPS)
+    assert bool(info.converged)
+    assert int(info.status) in (Status.CONVERGED, Status.FIXED_STEPS)
+    assert info.residual <= max(row.accuracy, 2**8 * EPS) * np.linalg.norm(B)
+    assert (info.num_steps.dtype, info.status.dtype) == (jnp.int32, jnp.int32)
+    chex.assert_shape(tuple(info), ())
+
+
+COARSE = {
+    "fp": fg.fp(num_steps=3),
+    "cg": fg.cg(num_steps=2),
+    "normal_cg": fg.normal_cg(num_steps=2),
+    "gmres": fg.gmres(num_steps=3, restart=2),
+    "bicgstab": fg.bicgstab(num_steps=1),
+    "fp tolerance": fg.fp(max_steps=100, rtol=0.05),
+    "cg tolerance": fg.cg(max_steps=100, rtol=0.05),
+    "normal_cg tolerance": fg.normal_cg(max_steps=100, rtol=0.05),
+    "gmres tolerance": fg.gmres(max_steps=100, rtol=0.05, restart=2),
+    "bicgstab tolerance": fg.bicgstab(max_steps=100, rtol=0.05),
+}
+
+
+@pytest.mark.parametrize("name", COARSE)
+def test_reported_residual_is_the_true_one_of_the_returned_x(name):
+    m = SYMMETRIC if name.startswith("cg") else GENERAL
+    x, info = run(COARSE[name], m, x0=OTHER)
+    np.testing.assert_allclose(info.residual, residual(m, x), rtol=1e-12)
+    assert info.residual > 1e-3  # A coarse solve: its residual is no rounding error.
+    if "tolerance" in name:
+        assert info.residual <= 0.05 * np.linalg.norm(B)
+        assert int(info.status) == Status.CONVERGED
+    else:
+        assert int(info.status) == Status.FIXED_STEPS
+
+
+@EACH
+def test_solver_starts_from_x0(row):
+    m = suited(row)
+    x, info = run(row.solver, m, x0=OTHER)
+    assert_close(x, exact(m), 10 * row.accuracy + 2**8 * EPS)
+    assert bool(info.converged)
+    # Solved already: nothing happens, in particular no 0/0.
+    x, info = run(row.solver, m, x0=exact(m))
+    assert_close(x, exact(m), 10 * row.accuracy + 2**8 * EPS)
+    assert bool(info.converged)
+    if row.name in WITH_TOLERANCE:
+        assert int(info.num_steps) == 0
+
+
+@pytest.mark.parametrize("name", ["fp rtol", "cg rtol"])
+def test_better_start_needs_fewer_steps(name):
+    m = with_eigenvalues(0.9, 0.6, 0.3, -0.5)
+    _, cold = run(LINEAR[name].solver, m)
+    _, warm = run(LINEAR[name].solver, m, x0=exact(m) + 1e-7 * OTHER)
+    assert 0 < int(warm.num_steps) < int(cold.num_steps)
+
+
+@EACH
+def test_zero_right_hand_side_does_not_yield_nan(row):
+    for x0 in (None, OTHER):
+        x, info = run(row.solver, suited(row), b=np.zeros(D), x0=x0)
+        np.testing.assert_array_equal(x, np.zeros(D))
+        assert float(info.residual) == 0.0
+        assert bool(info.converged)
+
+
+@EACH
+def test_nan_in_products_or_right_hand_side_is_reported(row):
+    bad = suited(row).copy()
+    bad[1, 2] = np.nan
+    _, info = run(row.solver, bad)
+    assert not bool(info.converged)
+    assert int(info.status) == Status.NON_FINITE
+    _, info = run(row.solver, suited(row), b=np.array([1.0, np.nan, 0.0, 0.0]))
+    assert not bool(info.converged)
+    assert int(info.status) == Status.NON_FINITE
+
+
+# Verdicts.
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        fg.fp(max_steps=2, rtol=1e-9),
+        fg.cg(max_steps=2, rtol=1e-9),
+        fg.normal_cg(max_steps=2, rtol=1e-9),
+        fg.gmres(max_steps=2, rtol=1e-9),
+        fg.bicgstab(max_steps=2, rtol=1e-9),
+    ],
+    ids=["fp", "cg", "normal_cg", "gmres", "bicgstab"],
+)
+def test_too_few_steps_for_the_tolerance_are_reported(solver):
+    x, info = run(solver, SYMMETRIC)
+    assert int(info.status) == Status.MAX_STEPS
+    assert int(info.num_steps) == 2
+    assert not bool(info.converged)
+    np.testing.assert_allclose(info.residual, residual(SYMMETRIC, x), rtol=1e-12)
+
+
+BELOW_RESOLUTION = {
+    "fp": fg.fp(max_steps=500, rtol=1e-30),
+    "cg": fg.cg(max_steps=500, rtol=1e-30),
+    "normal_cg": fg.normal_cg(max_steps=500, rtol=1e-30),
+    "gmres": fg.gmres(max_steps=500),
+    "bicgstab": fg.bicgstab(max_steps=500, atol=1e-30),
+}
+
+
+@pytest.mark.parametrize("name", BELOW_RESOLUTION)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_tolerance_below_the_resolution_of_the_dtype_ends_at_the_floor(dtype, name):
+    b = jnp.asarray(B, dtype)
+    m = np.asarray(jnp.asarray(SYMMETRIC, dtype).astype(float))
+    x, info = run(BELOW_RESOLUTION[name], SYMMETRIC, b=b)
+    assert x.dtype == dtype
+    assert info.residual.dtype == ("float64" if dtype == "float64" else "float32")
+    assert int(info.status) in (Status.AT_FLOOR, Status.CONVERGED)  # Exact zero is possible.
+    if name != "bicgstab":  # It says how many steps it was allowed.
+        assert int(info.num_steps) < 500
+    # bfloat16 resolves 2⁻⁷ and its floor is low, so that the bound is 2⁻³ there.
+    bound = {"float64": 2**7 * EPS, "bfloat16": 2**-3}
+    assert_close(x.astype(float), exact(m), bound[dtype])
+
+
+def test_fp_on_an_expansion_says_growing_or_diverged():
+    expansion = with_eigenvalues(1.3, 0.5, 0.2, -0.1)
+    _, info = run(fg.fp(num_steps=30), expansion)
+    assert int(info.status) == Status.GROWING
+    assert not bool(info.converged)
+    _, info = run(fg.fp(max_steps=2000, rtol=1e-6), expansion)
+    assert int(info.status) == Status.DIVERGED
+    assert int(info.num_steps) < 2000  # It gives up before the numbers overflow.
+    assert jnp.isfinite(info.residual)
+
+
+def test_fp_that_grows_before_it_shrinks_is_not_given_up():
+    # Not normal: ‖Mᵏ‖ reaches a hundred before it decays.
+    m = np.diag([0.8] * D) + np.diag([3.0] * (D - 1), 1)
+    x, info = run(fg.fp(max_steps=2000, rtol=1e-10), m)
+    assert int(info.status) == Status.CONVERGED
+    assert_close(x, exact(m), 1e-6)
+
+
+CG = [LINEAR["cg num_steps"].solver, LINEAR["cg rtol"].solver]
+
+
+@pytest.mark.parametrize("solver", CG, ids=["num_steps", "rtol"])
+@pytest.mark.parametrize(
+    ("m", "status"),
+    [
+        (with_eigenvalues(3.0, 0.4, 0.2, -0.3), Status.INDEFINITE),
+        (with_eigenvalues(3.0, 2.5, 4.0, 2.0), Status.INDEFINITE),
+        # Bᵀ A B = 0 at once, although A = I − M is far from singular.
+        (np.eye(D) - np.diag([1.0, 2.0, 4.0, -10 / 9]), Status.INDEFINITE),
+        (GENERAL, Status.NOT_SYMMETRIC),
+        (np.triu(GENERAL), Status.NOT_SYMMETRIC),
+        (with_eigenvalues(1.0, 0.4, 0.2, -0.3), Status.SINGULAR),
+        (np.eye(D), Status.SINGULAR),
+    ],
+    ids=["saddle", "maximum", "balanced", "general", "triangular", "singular", "zero"],
+)
+def test_cg_reports_what_it_is_wrong_on(solver, m, status):
+    _, info = run(solver, m)
+    assert int(info.status) == status
+    assert not bool(info.converged)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in LINEAR if name.split()[0] in ("normal_cg", "gmres", "bicgstab", "dense")],
+)
+def test_solvers_for_any_matrix_solve_indefinite_and_expanding_systems(name):
+    row = LINEAR[name]
+    for m in (with_eigenvalues(3.0, 0.4, 0.2, -0.3), 2.5 * GENERAL):
+        x, info = run(row.solver, m)
+        assert_close(x, exact(m), 30 * row.accuracy + 2**12 * EPS)
+        assert bool(info.converged)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "normal_cg num_steps",
+        "normal_cg rtol",
+        "gmres num_steps",
+        "gmres rtol",
+        "dense",
+        "dense blocks",
+    ],
+)
+@pytest.mark.parametrize(
+    "m",
+    [with_eigenvalues(1.0, 0.4, 0.2, -0.3), np.eye(D), np.eye(D) - np.outer(B, OTHER)],
+    ids=["symmetric", "zero", "rank one"],
+)
+def test_singular_systems_are_reported(name, m):
+    _, info = run(LINEAR[name].solver, m, b=OTHER + 1.0)
+    assert int(info.status) == Status.SINGULAR
+    assert not bool(info.converged)
+
+
+@pytest.mark.parametrize("name", ["fp rtol", "bicgstab rtol", "lineax"])
+def test_solvers_that_cannot_tell_singular_systems_still_do_not_call_them_solved(name):
+    _, info = run(LINEAR[name].solver, with_eigenvalues(1.0, 0.4, 0.2, -0.3))
+    assert not bool(info.converged)
+
+
+# Step by step.
+
+N = 12
+SPREAD = np.linalg.qr(matrix(43, 1.0, N, N))[0]
+BIG_SYMMETRIC = SPREAD @ np.diag(np.linspace(-0.8, 0.9, N)) @ SPREAD.T
+BIG_GENERAL = matrix(44, 0.8, N, N)
+BIG_B = np.cos(np.arange(1.0, N + 1))
+START = np.sin(np.arange(1.0, N + 1))
+
+
+@pytest.mark.parametrize("x0", [None, START], ids=["from zero", "from x0"])
+@pytest.mark.parametrize("num_steps", [1, 3, 10])
+def test_cg_equals_that_of_scipy_step_by_step(num_steps, x0):
+    x, info = run(exactly("cg", num_steps), BIG_SYMMETRIC, BIG_B, x0)
+    want, _ = scipy_linalg.cg(
+        np.eye(N) - BIG_SYMMETRIC, BIG_B, x0=x0, rtol=0.0, atol=0.0, maxiter=num_steps
+    )
+    assert_close(x, want, 1e-12)
+    assert int(info.num_steps) == num_steps
+    assert info.residual > 1e-6  # Not yet converged, so the steps are what is compared.
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 10])
+def test_normal_cg_equals_cg_of_scipy_on_the_normal_equations(num_steps):
+    x, info = run(exactly("normal_cg", num_steps), BIG_GENERAL, BIG_B)
+    a = np.eye(N) - BIG_GENERAL
+    want, _ = scipy_linalg.cg(a.T @ a, a.T @ BIG_B, rtol=0.0, atol=0.0, maxiter=num_steps)
+    assert_close(x, want, 1e-11)
+    assert int(info.num_steps) == num_steps
+    assert info.residual > 1e-8
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 7])
+def test_bicgstab_equals_that_of_scipy_step_by_step(num_steps):
+    x, info = run(exactly("bicgstab", num_steps), BIG_GENERAL, BIG_B)
+    want, _ = scipy_linalg.bicgstab(
+        np.eye(N) - BIG_GENERAL, BIG_B, rtol=0.0, atol=0.0, maxiter=num_steps
+    )
+    assert_close(x, want, 1e-10)
+    assert info.residual > 1e-8
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 10])
+def test_gmres_minimises_the_residual_over_the_krylov_space(num_steps):
+    x, info = run(exactly("gmres", num_steps), BIG_GENERAL, BIG_B)
+    a = np.eye(N) - BIG_GENERAL
+    krylov = np.stack([np.linalg.matrix_power(a, i) @ BIG_B for i in range(num_steps)], axis=1)
+    q, _ = np.linalg.qr(krylov)
+    y, *_ = np.linalg.lstsq(a @ q, BIG_B, rcond=None)
+    # The monomial basis of the comparison costs digits.
+    assert_close(x, q @ y, 1e-12 if num_steps < 10 else 1e-9)
+    assert int(info.num_steps) == num_steps
+    assert info.residual > 1e-6
+
+
+def test_restarted_gmres_equals_cycles_one_after_another():
+    cycle = fg.gmres(num_steps=3)
+    x, _ = run(cycle, BIG_GENERAL, BIG_B)
+    x, _ = run(cycle, BIG_GENERAL, BIG_B, x)
+    x, last = run(fg.gmres(num_steps=2), BIG_GENERAL, BIG_B, x)
+    got, info = run(fg.gmres(num_steps=8, restart=3), BIG_GENERAL, BIG_B)
+    assert_close(got, x, 1e-12)
+    np.testing.assert_allclose(info.residual, last.residual, rtol=1e-9)
+    assert int(info.num_steps) == 8
+
+
+def test_gmres_with_restarts_too_short_stagnates_and_says_so():
+    # I − M is a cyclic shift: no Krylov space short of the whole space reduces the residual.
+    m = np.eye(D) - np.roll(np.eye(D), 1, axis=0)
+    b = np.array([1.0, 0.0, 0.0, 0.0])
+    x, info = run(fg.gmres(max_steps=60, rtol=1e-8, restart=D - 1), m, b)
+    assert int(info.status) == Status.MAX_STEPS
+    np.testing.assert_allclose(info.residual, 1.0, rtol=1e-12)
+    x, info = run(fg.gmres(max_steps=60, rtol=1e-8, restart=D), m, b)
+    assert int(info.status) == Status.CONVERGED
+    assert_close(x, exact(m, b), 1e-12)
+
+
+def test_gmres_stops_where_the_krylov_space_ends():
+    # Two distinct eigenvalues: two steps are exact, and more would be directions made of noise.
+    m = np.diag([0.5, 0.5, -0.25, -0.25])
+    x, info = run(fg.gmres(num_steps=8), m)
+    assert_close(x, exact(m), 8 * EPS)
+    assert int(info.num_steps) == 2
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 12])
+def test_fp_is_the_truncated_neumann_series_and_its_error_is_bounded(num_steps):
+    # Compared with ‖xₖ − x‖ ≤ qᵏ ‖x‖ where q = ‖M‖.
+    x, info = run(exactly("fp", num_steps), BIG_GENERAL, BIG_B)
+    series = sum(np.linalg.matrix_power(BIG_GENERAL, i) @ BIG_B for i in range(num_steps))
+    assert_close(x, series, 1e-14)
+    want = exact(BIG_GENERAL, BIG_B)
+    assert np.linalg.norm(x - want) <= 0.8**num_steps * np.linalg.norm(want)
+    assert int(info.num_steps) == num_steps
+    start, _ = run(exactly("fp", num_steps), BIG_GENERAL, BIG_B, START)
+    power = np.linalg.matrix_power(BIG_GENERAL, num_steps)
+    assert_close(start, power @ START + series, 1e-14)
+
+
+def test_cg_keeps_its_rate():
+    # ‖xₖ − x‖_A ≤ 2 ((√κ − 1)/(√κ + 1))ᵏ ‖x‖_A.
+    a, want = np.eye(N) - BIG_SYMMETRIC, exact(BIG_SYMMETRIC, BIG_B)
+    kappa = np.linalg.cond(a)
+    rate = (np.sqrt(kappa) - 1) / (np.sqrt(kappa) + 1)
+    for num_steps in (1, 3, 10):
+        error = np.asarray(run(exactly("cg", num_steps), BIG_SYMMETRIC, BIG_B)[0]) - want
+        bound = 2 * rate**num_steps * np.sqrt(want @ a @ want)
+        assert 1e-12 < np.sqrt(error @ a @ error) <= bound
+
+
+def test_residual_of_normal_cg_keeps_its_rate():
+    a = np.eye(N) - BIG_GENERAL
+    kappa = np.linalg.cond(a)
+    for num_steps in (1, 3, 10):
+        _, info = run(exactly("normal_cg", num_steps), BIG_GENERAL, BIG_B)
+        bound = 2 * ((kappa - 1) / (kappa + 1)) ** num_steps * np.linalg.norm(BIG_B)
+        assert 1e-12 < info.residual <= bound
+
+
+def test_more_cg_steps_than_the_system_needs_do_no_harm():
+    x, info = run(fg.cg(num_steps=200), BIG_SYMMETRIC, BIG_B)
+    assert_close(x, exact(BIG_SYMMETRIC, BIG_B), 2**6 * EPS)
+    assert int(info.status) == Status.FIXED_STEPS
+
+
+@pytest.mark.parametrize(
+    ("solver", "products"),
+    [
+        (fg.fp(num_steps=5), 4),
+        (fg.cg(num_steps=3), 3),
+        (fg.normal_cg(num_steps=3), 2 * 3 + 1),
+        (fg.gmres(num_steps=3), 3),
+        (fg.dense(block_size=2), D),
+    ],
+    ids=["fp", "cg", "normal_cg", "gmres", "dense"],
+)
+def test_solver_takes_as_many_products_as_it_says_where_nobody_reads_the_info(solver, products):
+    counted = []
+
+    def on_host(transposed):
+        def product(v):
+            counted.append(transposed)
+            return (SYMMETRIC.T if transposed else SYMMETRIC) @ v
+
+        shape = jax.ShapeDtypeStruct((D,), jnp.float64)
+        return lambda v: jax.pure_callback(product, shape, v, vmap_method="sequential")
+
+    if products == 7:  # `normal_cg` transposes the product.
+        forward, backward = on_host(False), on_host(True)
+
+        def matvec(v):
+            return jax.custom_derivatives.linear_call(
+                lambda _, v: forward(v), lambda _, u: backward(u), (), v
+            )
+    else:
+        matvec = on_host(False)
+
+    x = jax.jit(lambda b: solver(matvec, b)[0])(jnp.asarray(B))
+    assert residual(SYMMETRIC, x) < 0.5 * np.linalg.norm(B)
+    assert len(counted) == products
+
+
+def test_products_are_traced_as_often_for_many_steps_as_for_few():
+    def traces(make, num_steps):
+        calls = []
+
+        def matvec(v):
+            calls.append(None)
+            return 0.5 * v
+
+        jax.eval_shape(lambda b: make(num_steps=num_steps)(matvec, b), jnp.ones(2))
+        return len(calls)
+
+    for make in (fg.fp, fg.cg, fg.normal_cg, fg.gmres):
+        assert traces(make, 2) == traces(make, 20) <= 8
+
+
+# Pytrees, dtypes, transformations.
+
+
+def test_complex_cg_takes_the_steps_of_scipy():
+    m = matrix(45, 0.7, 6, 6, symmetric=True, is_complex=True)
+    b = np.exp(1j * np.arange(6.0))
+    x, info = run(fg.cg(num_steps=3), m, b)
+    want, _ = scipy_linalg.cg(np.eye(6) - m, b, rtol=0.0, atol=0.0, maxiter=3)
+    assert_close(x, want, 1e-13)
+    np.testing.assert_allclose(info.residual, residual(m, x, b), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["normal_cg num_steps", "gmres num_steps", "dense"])
+def test_product_that_is_linear_over_the_reals_only_is_solved(name):
+    a, c = matrix(46, 0.4, 2, 2, is_complex=True), matrix(47, 0.4, 2, 2, is_complex=True)
+    b = jnp.array([1.0 + 2.0j, -0.5j])
+    x, info = jax.jit(lambda b: LINEAR[name].solver(lambda v: a @ v + c @ jnp.conj(v), b))(b)
+    assert_close(x - a @ x - c @ jnp.conj(x), b, 2**6 * EPS)
+    assert bool(info.converged)
+
+
+def test_structure_shapes_and_dtypes_of_the_right_hand_side_are_kept():
+    b = {"a": (jnp.ones(()), jnp.ones((2, 2), jnp.float32)), "b": [jnp.ones(3, complex)]}
+
+    def matvec(v):
+        return jax.tree.map(lambda x: like(0.5, x) * x, v)
+
+    for name in ("fp num_steps", "dense"):
+        x, info = jax.jit(lambda b, name=name: LINEAR[name].solver(matvec, b))(b)
+        chex.assert_trees_all_equal_shapes_and_dtypes(x, b)
+        chex.assert_trees_all_close(x, jax.tree.map(lambda v: 2 * v, b), rtol=1e-6)
+        assert info.residual.dtype == jnp.float64
+
+
+def test_inner_products_of_float16_do_not_overflow():
+    # ‖b‖² = 4 · 300² is beyond float16.
+    b = 300.0 * jnp.ones(D, jnp.float16)
+    m = with_eigenvalues(0.5, 0.25, 0.0, -0.5)
+    for solver in (fg.cg(num_steps=4), fg.fp(num_steps=20), fg.gmres(num_steps=4)):
+        x, info = run(solver, m, b)
+        assert (x.dtype, info.residual.dtype) == (jnp.float16, jnp.float32)
+        # float16 resolves 2⁻¹⁰, and each product rounds to it.
+        assert_close(x.astype(float), exact(m, np.asarray(b, float)), 4e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["fp rtol", "cg rtol", "normal_cg rtol", "gmres num_steps", "bicgstab rtol", "dense"]
+)
+def test_bad_element_of_a_batch_leaves_the_others_alone(name):
+    row = LINEAR[name]
+    bad = with_eigenvalues(1.0, 0.4, 0.2, -0.3)
+    nan = SYMMETRIC * np.nan
+    batch = jnp.stack([SYMMETRIC, bad, 0.5 * SYMMETRIC, nan])
+    x, info = jax.jit(jax.vmap(lambda m: row.solver(lambda v: m @ v, jnp.asarray(B))))(batch)
+    np.testing.assert_array_equal(info.converged, [True, False, True, False])
+    assert int(info.status[3]) == Status.NON_FINITE
+    for i in (0, 2):
+        assert_close(x[i], exact(np.asarray(batch[i])), row.accuracy + 2**8 * EPS)
+        _, alone = run(row.solver, batch[i])
+        assert int(info.num_steps[i]) == int(alone.num_steps)
+
+
+def test_tolerances_may_be_traced():
+    @jax.jit
+    def solve(rtol, atol):
+        return fg.cg(max_steps=20, rtol=rtol, atol=atol)(lambda v: SYMMETRIC @ v, jnp.asarray(B))[1]
+
+    loose, tight = solve(0.1, 0.0), solve(1e-10, 0.0)
+    by_atol = solve(0.0, 0.2)
+    assert int(loose.num_steps) < int(tight.num_steps)
+    assert loose.residual <= 0.1 * np.linalg.norm(B)
+    assert tight.residual <= 1e-10 * np.linalg.norm(B)
+    assert 1e-10 < by_atol.residual <= 0.2
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [lineax.CG(1e-10, 1e-10), lineax.GMRES(1e-10, 1e-10), lineax.LU()],
+    ids=["CG", "GMRES", "LU"],
+)
+def test_lineax_solvers_are_linear_solvers(solver):
+    x, info = run(fg.from_lineax(solver), SYMMETRIC)
+    assert_close(x, exact(SYMMETRIC), 1e-8)
+    assert int(info.status) == Status.CONVERGED
+    np.testing.assert_allclose(info.residual, residual(SYMMETRIC, x), rtol=1e-6, atol=1e-15)
+
+
+def test_lineax_solver_that_gives_up_is_reported():
+    x, info = run(fg.from_lineax(lineax.BiCGStab(1e-10, 1e-10, max_steps=1)), GENERAL)
+    assert int(info.status) == Status.MAX_STEPS
+    assert not bool(info.converged)
+    np.testing.assert_allclose(info.residual, residual(GENERAL, x), rtol=1e-12)

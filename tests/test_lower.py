@@ -1,0 +1,422 @@
+"""Lower-level solvers: stopping, verdicts, acceleration, and adapters for code that is not ours."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+
+import fixedgrad as fg
+from fixedgrad import Status
+from problems import PROBLEM, PROBLEMS, assert_close, like, matrix, named, single
+
+EPS = float(jnp.finfo(jnp.float64).eps)
+ROOT = PROBLEM["square root"]
+A = matrix(50, 0.7, 4, 4)
+LAM = jnp.array([1.0, -2.0, 0.5, 3.0])
+
+
+def affine(w, lam):
+    return like(A, w) @ w + lam
+
+
+FIXED = np.linalg.solve(np.eye(4) - A, LAM)
+
+
+def distance(phi, w, *args) -> float:
+    return float(optax.tree.norm(optax.tree.sub(phi(w, *args), w)))
+
+
+# Picard.
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_picard_takes_exactly_the_steps_it_is_told(num_steps):
+    w = jnp.ones(4)
+    for _ in range(num_steps):
+        w = affine(w, LAM)
+    got, info = fg.picard(affine, num_steps=num_steps).with_info(jnp.ones(4), LAM)
+    assert_close(got, w, 4 * EPS)
+    assert (int(info.num_steps), int(info.status)) == (num_steps, Status.FIXED_STEPS)
+    assert bool(info.converged)
+    np.testing.assert_allclose(info.residual, distance(affine, w, LAM), rtol=1e-12)
+
+
+def test_picard_converges_at_the_rate_of_the_contraction():
+    errors = [
+        np.linalg.norm(fg.picard(affine, num_steps=t)(jnp.zeros(4), LAM) - FIXED)
+        for t in (1, 5, 10)
+    ]
+    for t, error in zip((1, 5, 10), errors, strict=True):
+        assert 1e-9 < error <= 0.7**t * np.linalg.norm(FIXED)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=named)
+def test_picard_with_a_tolerance_reaches_it_on_every_problem(problem):
+    for case in (problem, single(problem)):
+        solver = fg.picard(case.phi, max_steps=500, rtol=1e-5)
+        w, info = jax.jit(solver.with_info)(case.w0, case.lam)
+        chex.assert_trees_all_equal_shapes_and_dtypes(w, case.w0)
+        assert int(info.status) == Status.CONVERGED
+        assert 0 < int(info.num_steps) < 60
+        want = case.solution(case.lam)
+        size = np.linalg.norm(np.concatenate([np.ravel(x) for x in jax.tree.leaves(want)]))
+        assert info.residual <= 1e-5 * size * (1 + 1e-3)
+        assert_close(w, want, 1e-4)
+
+
+def test_picard_stops_at_the_first_iterate_that_meets_the_tolerance():
+    solver = fg.picard(affine, max_steps=100, atol=1e-3)
+    w, info = solver.with_info(jnp.zeros(4), LAM)
+    np.testing.assert_allclose(info.residual, distance(affine, w, LAM), rtol=1e-9)
+    iterates = [np.zeros(4)]
+    while np.linalg.norm(affine(iterates[-1], LAM) - iterates[-1]) > 1e-3:
+        iterates.append(np.asarray(affine(iterates[-1], LAM)))
+    assert int(info.num_steps) == len(iterates) - 1
+    assert_close(w, iterates[-1], 1e-12)
+
+
+@pytest.mark.parametrize("make", [fg.picard, fg.anderson])
+def test_start_at_the_fixed_point_needs_no_steps_to_speak_of(make):
+    w, info = make(affine, max_steps=100, rtol=1e-8).with_info(jnp.asarray(FIXED), LAM)
+    assert int(info.num_steps) <= 1
+    assert_close(w, FIXED, 8 * EPS)
+
+
+@pytest.mark.parametrize("make", [fg.picard, fg.anderson])
+@pytest.mark.parametrize(
+    ("slope", "settings", "status"),
+    [
+        (0.5, {"max_steps": 200, "rtol": 1e-6}, Status.CONVERGED),
+        (0.5, {"max_steps": 200, "atol": 1e-6}, Status.CONVERGED),
+        (0.5, {"max_steps": 200}, Status.AT_FLOOR),
+        (0.5, {"max_steps": 200, "rtol": 1e-30, "atol": 1e-300}, Status.AT_FLOOR),
+        (0.9, {"max_steps": 2, "rtol": 1e-12}, Status.MAX_STEPS),
+    ],
+    ids=["rtol", "atol", "no tolerance", "below resolution", "too few"],
+)
+def test_verdict_of_solvers(make, slope, settings, status):
+    # Not quite affine, so that Anderson does not solve it at once.
+    def phi(w, lam):
+        return slope * w + 0.001 * w**3 + lam
+
+    w, info = make(phi, **settings).with_info(jnp.asarray(1.0), jnp.asarray(0.01))
+    assert Status(int(info.status)) == status
+    assert bool(info.converged) == (status <= Status.AT_FLOOR)
+    if status in (Status.CONVERGED, Status.AT_FLOOR):
+        assert abs(float(phi(w, 0.01) - w)) < 1e-6
+        assert int(info.num_steps) < 200
+
+
+def test_picard_that_overflows_in_a_fixed_number_of_steps_is_reported():
+    _, info = fg.picard(lambda w: 1.5 * w + 1.0, num_steps=5000).with_info(jnp.asarray(1.0))
+    assert int(info.status) == Status.NON_FINITE
+    assert not bool(info.converged)
+
+
+def test_picard_on_an_expansion_says_diverged():
+    solver = fg.picard(lambda w: 1.5 * w + 1.0, max_steps=30, rtol=1e-6)
+    _, info = solver.with_info(jnp.asarray(1.0))
+    assert int(info.status) == Status.DIVERGED
+    assert int(info.num_steps) == 30
+
+
+@pytest.mark.parametrize("make", [fg.picard, fg.anderson])
+def test_nan_in_the_map_ends_the_loop_at_once(make):
+    solver = make(lambda w: jnp.where(w > 1.0, jnp.nan, w + 1.0), max_steps=100, rtol=1e-6)
+    _, info = solver.with_info(jnp.asarray(0.5))
+    assert int(info.status) == Status.NON_FINITE
+    assert int(info.num_steps) < 5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_low_precision_iterates_stay_low_and_end_near_the_fixed_point(dtype):
+    def phi(w, lam):
+        return jnp.asarray(0.75, dtype) * w + lam
+
+    lam = jnp.array([1.0, -0.3], dtype)
+    w, info = fg.picard(phi, max_steps=300, rtol=1e-9).with_info(jnp.zeros(2, dtype), lam)
+    assert w.dtype == dtype
+    assert info.residual.dtype == jnp.float32
+    assert int(info.status) in (Status.AT_FLOOR, Status.CONVERGED)
+    # The floor in w is that of the residual over 1 − q: a few percent in bfloat16.
+    assert_close(w.astype(float), 4 * lam.astype(float), 32 * float(jnp.finfo(dtype).eps))
+
+
+def test_batch_runs_until_its_slowest_element_and_reports_each():
+    solver = fg.picard(lambda w, q: q * w + 1.0, max_steps=60, rtol=1e-10)
+    q = jnp.array([0.2, 0.99, 0.5])
+    w, info = jax.jit(jax.vmap(solver.with_info, in_axes=(None, 0)))(jnp.asarray(0.0), q)
+    np.testing.assert_array_equal(info.converged, [True, False, True])
+    assert list(info.num_steps)[1] == 60
+    assert int(info.num_steps[0]) < int(info.num_steps[2]) < 60
+    np.testing.assert_allclose(w[::2], 1 / (1 - q[::2]), rtol=1e-9)
+
+
+def test_integer_leaves_ride_through_a_solver():
+    def phi(w, lam):
+        return {"w": 0.5 * w["w"] + lam, "n": w["n"]}
+
+    w, info = fg.picard(phi, max_steps=100, rtol=1e-9).with_info({"w": 0.0, "n": 3}, 1.0)
+    assert int(w["n"]) == 3
+    np.testing.assert_allclose(w["w"], 2.0, rtol=1e-8)
+    assert bool(info.converged)
+
+
+def test_tolerances_may_be_traced():
+    @jax.jit
+    def steps(rtol):
+        return fg.picard(affine, max_steps=200, rtol=rtol).with_info(jnp.zeros(4), LAM)[1].num_steps
+
+    assert 0 < int(steps(1e-2)) < int(steps(1e-6)) < 200
+
+
+# Anderson.
+
+SLOW = matrix(51, 1.0, 8, 8, symmetric=True)
+SLOW = np.linalg.eigh(SLOW)[1] @ np.diag(np.linspace(-0.5, 0.98, 8)) @ np.linalg.eigh(SLOW)[1].T
+SLOW_LAM = jnp.cos(jnp.arange(8.0))
+
+
+def slow(w, lam):
+    return like(SLOW, w) @ w + lam
+
+
+SLOW_FIXED = np.linalg.solve(np.eye(8) - SLOW, SLOW_LAM)
+
+
+def test_anderson_needs_a_fraction_of_the_steps_of_picard_on_a_slow_map():
+    _, plain = fg.picard(slow, max_steps=2000, rtol=1e-8).with_info(jnp.zeros(8), SLOW_LAM)
+    w, mixed = fg.anderson(slow, max_steps=2000, rtol=1e-8).with_info(jnp.zeros(8), SLOW_LAM)
+    assert bool(plain.converged)
+    assert bool(mixed.converged)
+    assert int(mixed.num_steps) * 8 < int(plain.num_steps)
+    assert_close(w, SLOW_FIXED, 1e-6)
+    np.testing.assert_allclose(mixed.residual, distance(slow, w, SLOW_LAM), rtol=1e-6)
+
+
+def test_anderson_is_exact_on_an_affine_map_once_the_window_spans_the_space():
+    # Walker and Ni: it is GMRES then, exact after d + 1 evaluations of Φ up to the regularisation.
+    solver = fg.anderson(affine, num_steps=6, window=6, regularisation=1e-14)
+    assert_close(solver(jnp.zeros(4), LAM), FIXED, 1e-9)
+    assert distance(affine, fg.picard(affine, num_steps=6)(jnp.zeros(4), LAM), LAM) > 1e-3
+
+
+def test_anderson_with_a_window_of_one_is_picard():
+    mixed = fg.anderson(affine, num_steps=9, window=1)(jnp.ones(4), LAM)
+    assert_close(mixed, fg.picard(affine, num_steps=9)(jnp.ones(4), LAM), 1e-13)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=named)
+def test_anderson_finds_the_fixed_point_of_every_problem(problem):
+    solver = fg.anderson(problem.phi, max_steps=100, rtol=1e-6)
+    w, info = jax.jit(solver.with_info)(problem.w0, problem.lam)
+    chex.assert_trees_all_equal_shapes_and_dtypes(w, problem.w0)
+    assert bool(info.converged)
+    assert_close(w, problem.solution(problem.lam), 1e-5)
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 20, 60])
+def test_safeguarded_anderson_never_grows_and_beats_picard_on_a_rough_map(num_steps):
+    # Kinks and oscillations of Φ make mixing fail from time to time; q = 0.9.
+    def phi(w, lam):
+        return 0.5 * jnp.abs(w) + 0.4 * jnp.sin(w[::-1]) + lam
+
+    start, lam = jnp.array([5.0, -3.0, 4.0]), jnp.array([1.0, -0.5, 0.2])
+    plain = distance(phi, fg.picard(phi, num_steps=num_steps)(start, lam), lam)
+    mixed = distance(phi, fg.anderson(phi, num_steps=num_steps)(start, lam), lam)
+    # Accepted residuals do not grow, and the last step is Φ, which shrinks them by q.
+    assert mixed <= 0.9 * distance(phi, start, lam)
+    if num_steps >= 20:
+        assert mixed <= max(plain, 1e-14)
+
+
+def test_rejected_points_of_anderson_do_not_spoil_the_result():
+    # A residual that jumps: extrapolation overshoots into a region with a much larger residual.
+    def phi(w):
+        return jnp.where(w < 3.0, 0.9 * w + 0.25, 0.1 * w + 10.0 * jnp.sin(w))
+
+    _, info = fg.anderson(phi, max_steps=400, rtol=1e-8).with_info(jnp.asarray(0.0))
+    w = fg.anderson(phi, max_steps=400, rtol=1e-8)(jnp.asarray(0.0))
+    assert bool(info.converged)
+    assert abs(float(phi(w) - w)) < 1e-7
+
+
+def test_anderson_runs_under_vmap_with_elements_of_different_difficulty():
+    solver = fg.anderson(lambda w, q: jnp.tanh(q * w) + 0.5, max_steps=50, rtol=1e-8)
+    q = jnp.array([0.1, 0.7, 0.4])
+    w, info = jax.jit(jax.vmap(solver.with_info, in_axes=(None, 0)))(jnp.asarray(0.0), q)
+    assert bool(jnp.all(info.converged))
+    np.testing.assert_allclose(w, jnp.tanh(q * w) + 0.5, rtol=1e-7)
+    assert len(set(map(int, info.num_steps))) > 1
+
+
+# Failure of direct calls.
+
+
+def short(on_failure, make=fg.picard):
+    return make(affine, max_steps=2, rtol=1e-12, on_failure=on_failure)
+
+
+@pytest.mark.parametrize("make", [fg.picard, fg.anderson])
+def test_missed_tolerance_gives_nan_in_a_direct_call_and_the_iterate_in_with_info(make):
+    solver = short("nan", make)
+    assert jnp.all(jnp.isnan(solver(jnp.zeros(4), LAM)))
+    w, info = solver.with_info(jnp.zeros(4), LAM)
+    assert jnp.all(jnp.isfinite(w))
+    assert int(info.status) == Status.MAX_STEPS
+    assert_close(short("ignore", make)(jnp.zeros(4), LAM), w, 8 * EPS)
+
+
+def test_missed_tolerance_warns_on_request():
+    with pytest.warns(fg.SolveFailedWarning, match="the lower-level solve failed: MAX_STEPS"):
+        w = short("warn")(jnp.zeros(4), LAM).block_until_ready()
+    assert jnp.all(jnp.isfinite(w))
+
+
+def test_missed_tolerance_raises_on_request():
+    with pytest.raises(Exception, match="the lower-level solve failed: MAX_STEPS"):
+        short("raise")(jnp.zeros(4), LAM).block_until_ready()
+
+
+@pytest.mark.parametrize("on_failure", ["nan", "warn", "raise"])
+def test_met_tolerance_is_left_alone_by_every_policy(on_failure):
+    solver = fg.picard(affine, max_steps=200, rtol=1e-10, on_failure=on_failure)
+    assert_close(jax.jit(solver)(jnp.zeros(4), LAM), FIXED, 1e-9)
+
+
+def test_only_the_failed_elements_of_a_batch_are_nan():
+    solver = fg.picard(lambda w, q: q * w + 1.0, max_steps=60, rtol=1e-10)
+    w = jax.vmap(solver, in_axes=(None, 0))(jnp.asarray(0.0), jnp.array([0.2, 0.99, 0.5]))
+    np.testing.assert_array_equal(jnp.isnan(w), [False, True, False])
+
+
+def test_failed_solution_keeps_its_integers():
+    def phi(w):
+        return {"w": 0.99 * w["w"] + 1.0, "n": w["n"]}
+
+    w = fg.picard(phi, max_steps=2, rtol=1e-9)({"w": 0.0, "n": 3})
+    assert jnp.isnan(w["w"])
+    assert int(w["n"]) == 3
+
+
+# Adapters.
+
+
+def test_checked_accepts_a_good_solution_and_rejects_a_bad_one():
+    good = fg.checked(lambda w0, lam: jnp.sqrt(lam) + 0.0 * w0, ROOT.phi, rtol=1e-10)
+    w, info = good.with_info(ROOT.w0, ROOT.lam)
+    assert (int(info.status), int(info.num_steps)) == (Status.CONVERGED, 0)
+    np.testing.assert_array_equal(good(ROOT.w0, ROOT.lam), w)
+    bad = fg.checked(lambda w0, lam: jnp.sqrt(lam) + 0.01 * w0, ROOT.phi, rtol=1e-10)
+    w, info = bad.with_info(ROOT.w0, ROOT.lam)
+    assert int(info.status) == Status.MAX_STEPS
+    np.testing.assert_allclose(info.residual, distance(ROOT.phi, w, ROOT.lam), rtol=1e-12)
+    assert jnp.all(jnp.isnan(bad(ROOT.w0, ROOT.lam)))
+    lenient = fg.checked(lambda w0, lam: jnp.sqrt(lam) + 0.01 * w0, ROOT.phi, atol=1.0)
+    assert bool(lenient.with_info(ROOT.w0, ROOT.lam)[1].converged)
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-3])
+def test_checked_solver_guards_the_gradient_of_the_decorator(error):
+    solver = fg.checked(lambda _, lam: jnp.sqrt(lam) + error, ROOT.phi, rtol=1e-8)
+    solve = fg.fixed_point(ROOT.phi, fg.aid(fg.dense()))(solver)
+    gradient = jax.grad(lambda lam: jnp.sum(solve(ROOT.w0, lam)))(ROOT.lam)
+    if error:
+        assert jnp.all(jnp.isnan(gradient))
+    else:
+        assert_close(gradient, 0.5 / jnp.sqrt(ROOT.lam), 1e-12)
+
+
+def by_scipy(w0, lam):
+    assert isinstance(w0, np.ndarray)
+    assert isinstance(lam, np.ndarray)
+    return scipy.optimize.fixed_point(lambda w: w - 0.25 * (w**2 - lam), w0, xtol=1e-13)
+
+
+HOST = fg.from_host(by_scipy)
+ON_HOST = fg.fixed_point(ROOT.phi, fg.forward(fg.aid(fg.dense())))(HOST)
+SLOPES = 0.5 / np.sqrt(ROOT.lam)
+
+
+def test_host_solver_runs_eagerly_under_jit_and_under_vmap():
+    want = jnp.sqrt(ROOT.lam)
+    assert_close(HOST(ROOT.w0, ROOT.lam), want, 1e-12)
+    assert_close(jax.jit(HOST)(ROOT.w0, ROOT.lam), want, 1e-12)
+    batch = jnp.stack([ROOT.lam, 2 * ROOT.lam])
+    got = jax.jit(jax.vmap(HOST, in_axes=(None, 0)))(ROOT.w0, batch)
+    assert_close(got, jnp.sqrt(batch), 1e-12)
+
+
+@pytest.mark.parametrize("estimator", [fg.aid(fg.dense()), fg.truncated_itd(num_steps=60)])
+def test_gradient_through_a_host_solver(estimator):
+    solve = fg.fixed_point(ROOT.phi, estimator)(HOST)
+    gradient = jax.jit(jax.grad(lambda lam: jnp.sum(solve(ROOT.w0, lam))))(ROOT.lam)
+    assert_close(gradient, SLOPES, 1e-11)
+
+
+def test_every_derivative_goes_through_a_host_solver():
+    def solve(lam):
+        return ON_HOST(ROOT.w0, lam)
+
+    _, tangent = jax.jvp(solve, (ROOT.lam,), (jnp.ones(3),))
+    assert_close(tangent, SLOPES, 1e-11)
+    batch = jnp.stack([ROOT.lam, 2 * ROOT.lam])
+    gradients = jax.vmap(jax.grad(lambda lam: jnp.sum(solve(lam))))(batch)
+    assert_close(gradients, 0.5 / jnp.sqrt(batch), 1e-11)
+    hessian = jax.jit(jax.hessian(lambda lam: jnp.sum(solve(lam))))(ROOT.lam)
+    assert_close(hessian, np.diag(-0.25 * np.asarray(ROOT.lam) ** -1.5), 1e-11)
+
+
+def test_host_solver_takes_pytrees_keywords_integers_and_none():
+    def on_host(w0, lam, *, extra):
+        assert extra["none"] is None
+        assert extra["n"].dtype.kind == "i"
+        return {"w": w0["w"] + lam["a"] * extra["n"], "k": w0["k"]}
+
+    solver = fg.from_host(on_host)
+    w0 = {"w": jnp.ones(2), "k": jnp.asarray(7)}
+    extra = {"none": None, "n": jnp.asarray(3)}
+    w = jax.jit(solver)(w0, {"a": jnp.array([1.0, 2.0])}, extra=extra)
+    np.testing.assert_array_equal(w["w"], [4.0, 7.0])
+    assert int(w["k"]) == 7
+
+
+def ridge_loss(w, lam, x, *, y):
+    return 0.5 * jnp.sum((x @ w - y) ** 2) + 0.5 * lam * jnp.sum(w**2)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.6),
+        optax.sgd(0.4, momentum=0.3),
+        optax.adam(optax.exponential_decay(0.3, 30, 0.5)),
+    ],
+    ids=["sgd", "momentum", "adam"],
+)
+@jax.numpy_dtype_promotion("standard")  # Adam itself promotes its integer count.
+def test_optax_solver_finds_the_minimiser_and_takes_the_map_of_another_method(optimizer):
+    x, y = jnp.asarray(matrix(52, 1.0, 5, 3)), jnp.cos(jnp.arange(5.0))
+    lam = jnp.asarray(0.8)
+    solver = fg.from_optax(ridge_loss, optimizer, num_steps=400)
+    phi = fg.gradient_descent(ridge_loss, step_size=0.5)
+    solve = fg.fixed_point(phi, fg.aid(fg.cg(num_steps=3)))(solver)
+
+    def closed(lam):
+        return jnp.linalg.solve(x.T @ x + lam * jnp.eye(3), x.T @ y)
+
+    assert_close(solve(jnp.zeros(3), lam, x, y=y), closed(lam), 1e-6)
+    gradient = jax.grad(lambda lam: jnp.sum(solve(jnp.zeros(3), lam, x, y=y) ** 2))(lam)
+    want = jax.grad(lambda lam: jnp.sum(closed(lam) ** 2))(lam)
+    assert_close(gradient, want, 1e-6)
+
+
+def test_optax_sgd_takes_the_steps_of_gradient_descent():
+    x, y = jnp.asarray(matrix(52, 1.0, 5, 3)), jnp.cos(jnp.arange(5.0))
+    solver = fg.from_optax(ridge_loss, optax.sgd(0.5), num_steps=3)
+    phi = fg.gradient_descent(ridge_loss, step_size=0.5)
+    want = fg.picard(phi, num_steps=3)(jnp.ones(3), 0.8, x, y=y)
+    assert_close(solver(jnp.ones(3), 0.8, x, y=y), want, 1e-14)
