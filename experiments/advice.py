@@ -7,6 +7,7 @@ hypergradient is within 1 % of the exact one (of `dense` for the equilibrium mod
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import fixedgrad as fg
 from . import families, problems, report
 
 FLOAT64 = True
+_USABLE = 1e-2  # The relative error up to which an estimator counts.
 _HEADER = ("problem", "recommended", "its time", "its error", "fastest", "its time")
 
 
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Times every alternative on every problem."""
-    rows, seconds = [], {}
+    rows, seconds, errors = [], {}, {}
     for name, outer, phi, w0, lam in _problems(jax.random.key(options.seed), options.full):
         advice = fg.recommend(outer, phi, w0, lam, rtol=1e-3)
         solver = fg.picard(phi, max_steps=200_000, rtol=1e-12)
@@ -40,12 +42,13 @@ def main(options: argparse.Namespace) -> int:
             k: float(np.linalg.norm(g - exact) / np.linalg.norm(exact))
             for k, (g, _) in found.items()
         }
-        usable = {k: t for k, (_, t) in found.items() if error[k] <= 1e-2 and k != "itd()"}
+        usable = {k: t for k, (_, t) in found.items() if error[k] <= _USABLE and k != "itd()"}
         best = min(usable, key=lambda k: usable[k])
         rows.append(
             (name, advice.name, found[advice.name][1], error[advice.name], best, usable[best])
         )
         seconds[name] = {k: t for k, (_, t) in found.items()}
+        errors[name] = error
         print(f"\n{name}\n{advice}", flush=True)
     shown = [
         (a, b, f"{1e6 * c:.0f} µs", f"{d:.0e}", e, f"{1e6 * f:.0f} µs") for a, b, c, d, e, f in rows
@@ -53,9 +56,11 @@ def main(options: argparse.Namespace) -> int:
     text = report.table(_HEADER, shown)
     print(f"\n{text}\n")
     (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    recommended = {row[0]: row[1] for row in rows}
+    _draw(options.out / "advice.png", seconds, errors, recommended)
     claims = report.Claims()
     for name, chosen, taken, error, best, least in rows:
-        claims.check(f"{name}: `{chosen}` is right within 1 %", error <= 1e-2, f"{error:.1e}")
+        claims.check(f"{name}: `{chosen}` is right within 1 %", error <= _USABLE, f"{error:.1e}")
         # Times of microseconds on a shared machine: reported, not required.
         claims.check(
             f"{name}: and takes at most twice the time of the fastest, `{best}`",
@@ -67,8 +72,8 @@ def main(options: argparse.Namespace) -> int:
         options.out,
         claims=claims,
         settings={"seed": options.seed, "full": options.full},
-        results={"chosen": {row[0]: row[1] for row in rows}},
-        volatile={"seconds": seconds},
+        results={"chosen": recommended},
+        volatile={"seconds": seconds, "errors": errors},
     )
     return claims.exit_code
 
@@ -110,3 +115,31 @@ def _measure(
         jax.block_until_ready(gradient(lam, w))
         times.append(time.perf_counter() - start)
     return result, min(times)
+
+
+def _draw(
+    path: Path,
+    seconds: dict[str, dict[str, float]],
+    errors: dict[str, dict[str, float]],
+    recommended: dict[str, str],
+) -> None:
+    """One panel a problem: what each alternative took, and what of it is usable and recommended."""
+    with report.figure(path, columns=len(seconds), size=(13, 3.4)) as (_, axes):
+        for panel, (problem, taken) in zip(axes[0], seconds.items(), strict=True):
+            # ITD differentiates the solver, which a given w has not.
+            names = [name for name in taken if name != "itd()"][::-1]
+            for row, name in enumerate(names):
+                usable, best = errors[problem][name] <= _USABLE, name == recommended[problem]
+                color = "#007a55" if best else "#555555"
+                panel.plot(
+                    1e6 * taken[name],
+                    row,
+                    marker="*" if best else "o",
+                    markersize=14 if best else 8,
+                    color=color,
+                    fillstyle="full" if usable else "none",
+                    linestyle="none",
+                )
+            panel.set_yticks(range(len(names)), [name.removeprefix("aid") for name in names])
+            panel.set(xscale="log", xlabel="time at w(λ), µs", title=problem)
+            panel.margins(x=0.2, y=0.15)

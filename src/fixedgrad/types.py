@@ -67,7 +67,8 @@ class Status(enum.IntEnum):
 
 def is_failure(status: jax.Array) -> jax.Array:
     """Whether a solve with this `Status` failed, element by element."""
-    return status >= Status.MAX_STEPS
+    # As an `int`: with `jax.disable_jit` the enumeration would count as int64.
+    return status >= int(Status.MAX_STEPS)
 
 
 def status_where(
@@ -102,14 +103,14 @@ def solve_info(
 ) -> SolveInfo:
     """A `SolveInfo` whose `converged` follows from its `status`."""
     status, residual = jnp.asarray(status, jnp.int32), jnp.asarray(residual)
-    converged = (status >= Status.CONVERGED) & (status <= Status.AT_FLOOR)
+    converged = (status >= int(Status.CONVERGED)) & (status <= int(Status.AT_FLOOR))
     tolerance = jnp.asarray(tolerance, residual.dtype)
     return SolveInfo(jnp.asarray(num_steps, jnp.int32), residual, converged, status, tolerance)
 
 
 def failed(info: SolveInfo) -> jax.Array:
     """Whether a solve failed, element by element."""
-    unnamed = jnp.asarray(info.status) == Status.NOT_RUN
+    unnamed = jnp.asarray(info.status) == int(Status.NOT_RUN)
     return is_failure(jnp.asarray(info.status)) | (unnamed & ~jnp.asarray(info.converged))
 
 

@@ -72,7 +72,7 @@ def cg(
             status = status_where(flat | (pap < 0), bad, Status.FIXED_STEPS)
             live = (c.rr > c.least) & ~is_failure(c.status)
             status = status_where(live, status, c.status)
-            live &= status == Status.FIXED_STEPS
+            live &= status == int(Status.FIXED_STEPS)
             alpha = jnp.where(live, c.rr / jnp.where(live, pap, 1.0), 0.0)
             x, r = tree.add_scale(c.x, alpha, c.p), tree.add_scale(c.r, -alpha, ap)
             rr = dot(r, r)
@@ -89,7 +89,7 @@ def cg(
             jnp.int32(0), zero, r, r, zero, rr, least, rr * 0, jnp.int32(Status.FIXED_STEPS)
         )
         carry = iterate(
-            step, carry, steps, lambda c: (c.rr > tol**2) & (c.status == Status.FIXED_STEPS)
+            step, carry, steps, lambda c: (c.rr > tol**2) & (c.status == int(Status.FIXED_STEPS))
         )
         ad = tree.sub(r, carry.r)
         left, right = dot(r, ad), dot(carry.ap0, carry.x)

@@ -73,8 +73,8 @@ def from_lineax(solver: Any) -> LinearSolver:
         solver: A `lineax.AbstractLinearSolver` for square operators.
 
     Returns:
-        A `LinearSolver` whose status is lineax's verdict, but that a residual larger than b is not
-        called solved; the residual is computed here.
+        A `LinearSolver` whose status is lineax's verdict, but that a residual far above its tolerances
+        is not called solved; the residual is computed here.
 
     Raises:
         ImportError: Where lineax is not installed.
@@ -101,10 +101,17 @@ def from_lineax(solver: Any) -> LinearSolver:
         )
         ok = solution.result == lineax.RESULTS.successful
         steps = solution.stats.get("num_steps", 1)
-        # Iterative solvers of lineax answer b = 0 with 0/0, and call some breakdowns a success.
-        x = tree.where(system.norm > 0, solution.value, tree.zeros_like(system.b))
-        status = status_where(ok | (system.norm == 0), Status.CONVERGED, Status.MAX_STEPS)
-        worse = system.residual_norm(x) > system.norm
-        return x, system.fixed(steps, x, status_where(worse, Status.DIVERGED, status))
+        # Iterative solvers of lineax answer a residual of 0 with 0/0, and call some breakdowns a
+        # success: a start that solves the system, and zero for b = 0, is the answer itself.
+        start = tree.zeros_like(system.b) if system.x0 is None else system.x0
+        solved = system.residual_norm(start) <= system.floor(start)
+        x = tree.where(solved, start, solution.value)
+        status = status_where(ok | solved, Status.CONVERGED, Status.MAX_STEPS)
+        # Its tolerances are meant entry by entry; ten times that, over all entries, is a miss.
+        size = sum(leaf.size for leaf in jax.tree.leaves(system.b))
+        asked = system.norm * getattr(solver, "rtol", 0.0) + size**0.5 * getattr(solver, "atol", 0.0)
+        limit = jnp.minimum(jnp.maximum(10 * asked, system.noise * system.norm), system.norm)
+        missed = system.residual_norm(x) > limit
+        return x, system.fixed(steps, x, status_where(missed, Status.MAX_STEPS, status))
 
-    return linear_solver("from_lineax", solve)
+    return linear_solver("from_lineax", solve, scaled=False)

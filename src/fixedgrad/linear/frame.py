@@ -73,7 +73,7 @@ class System(NamedTuple):
 
     def fixed(self, num_steps: Scalar, x: PyTree, status: jax.Array | Status) -> SolveInfo:
         """The verdict on a solve without a tolerance; `status` says what else was seen."""
-        sane = jnp.isfinite(tree.norm(x)) | (status == Status.SINGULAR)
+        sane = jnp.isfinite(tree.norm(x)) | (status == int(Status.SINGULAR))
         status = status_where(sane & jnp.isfinite(self.norm), status, Status.NON_FINITE)
         return solve_info(num_steps, self.residual_norm(x), status)
 
@@ -183,6 +183,8 @@ def linear_solver(
         check_same(where, jax.eval_shape(matvec, b), b, "`matvec(b)`", "`b`")
         if x0 is not None:
             check_same(where, x0, b, "`x0`", "`b`")
+        if not jax.tree.leaves(b):  # No unknown: nothing to solve.
+            return b, solve_info(0, jnp.zeros(()), Status.CONVERGED)
         to_real, from_real = realified(b)
         real = to_real(b)
         scale = _power_of_two(real) if scaled else jnp.ones((), real_dtype(b))
@@ -212,7 +214,7 @@ def _power_of_two(b: PyTree) -> jax.Array:
     one is infinite. A power of two changes no digit.
     """
     largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(b)]
-    size = jnp.max(jnp.stack(largest)) if largest else jnp.zeros(())
+    size = jnp.max(jnp.stack(largest))
     info = jnp.finfo(size.dtype)
     limited = jnp.clip(size, 4 * info.tiny, info.max / 4)  # So that 1 / scale is in range too.
     return jnp.where(size > 0, jax.lax.reduce_precision(limited, info.nexp, 0), 1)
