@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from matplotlib.lines import Line2D
 
 import fixedgrad as fg
 
@@ -51,7 +52,8 @@ def main(options: argparse.Namespace) -> int:
         errors[name] = error
         print(f"\n{name}\n{advice}", flush=True)
     shown = [
-        (a, b, f"{1e6 * c:.0f} µs", f"{d:.0e}", e, f"{1e6 * f:.0f} µs") for a, b, c, d, e, f in rows
+        (a, _short(b), f"{1e6 * c:.0f} µs", f"{d:.0e}", _short(e), f"{1e6 * f:.0f} µs")
+        for a, b, c, d, e, f in rows
     ]
     text = report.table(_HEADER, shown)
     print(f"\n{text}\n")
@@ -60,10 +62,11 @@ def main(options: argparse.Namespace) -> int:
     _draw(options.out / "advice.png", seconds, errors, recommended)
     claims = report.Claims()
     for name, chosen, taken, error, best, least in rows:
-        claims.check(f"{name}: `{chosen}` is right within 1 %", error <= _USABLE, f"{error:.1e}")
+        right = f"{name}: `{_short(chosen)}` is right within 1 %"
+        claims.check(right, error <= _USABLE, f"{error:.1e}")
         # Times of microseconds on a shared machine: reported, not required.
         claims.check(
-            f"{name}: and takes at most twice the time of the fastest, `{best}`",
+            f"{name}: and takes at most twice the time of the fastest, `{_short(best)}`",
             taken <= 2 * least,
             f"{taken / least:.2f}",
             required=False,
@@ -117,6 +120,11 @@ def _measure(
     return result, min(times)
 
 
+def _short(name: str) -> str:
+    """The linear solver alone: `cg` of `aid(cg(max_steps=5000, rtol=0.001))`."""
+    return name.removeprefix("aid(").partition("(")[0]
+
+
 def _draw(
     path: Path,
     seconds: dict[str, dict[str, float]],
@@ -124,22 +132,33 @@ def _draw(
     recommended: dict[str, str],
 ) -> None:
     """One panel a problem: what each alternative took, and what of it is usable and recommended."""
-    with report.figure(path, columns=len(seconds), size=(13, 3.4)) as (_, axes):
+    with report.figure(path, columns=len(seconds), size=(13, 2.8)) as (fig, axes):
         for panel, (problem, taken) in zip(axes[0], seconds.items(), strict=True):
             # ITD differentiates the solver, which a given w has not.
             names = [name for name in taken if name != "itd()"][::-1]
             for row, name in enumerate(names):
                 usable, best = errors[problem][name] <= _USABLE, name == recommended[problem]
-                color = "#007a55" if best else "#555555"
-                panel.plot(
-                    1e6 * taken[name],
-                    row,
-                    marker="*" if best else "o",
-                    markersize=14 if best else 8,
-                    color=color,
-                    fillstyle="full" if usable else "none",
-                    linestyle="none",
-                )
-            panel.set_yticks(range(len(names)), [name.removeprefix("aid") for name in names])
+                panel.plot(1e6 * taken[name], row, **_marker(best, usable))
+            panel.set_yticks(range(len(names)), [_short(name) for name in names])
             panel.set(xscale="log", xlabel="time at w(λ), µs", title=problem)
             panel.margins(x=0.2, y=0.15)
+        handles = [
+            Line2D([], [], label=label, **_marker(best, usable))
+            for best, usable, label in (
+                (True, True, "recommended"),
+                (False, True, "alternative"),
+                (False, False, f"error above {_USABLE:.0%}"),
+            )
+        ]
+        fig.legend(handles=handles, loc="outside lower center", ncols=3)
+
+
+def _marker(best: bool, usable: bool) -> dict[str, Any]:
+    """How an alternative is drawn, in the panels and in the legend."""
+    return {
+        "marker": "*" if best else "o",
+        "markersize": 14 if best else 8,
+        "color": "#007a55" if best else "#555555",
+        "fillstyle": "full" if usable else "none",
+        "linestyle": "none",
+    }

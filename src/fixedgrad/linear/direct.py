@@ -109,7 +109,8 @@ def from_lineax(solver: Any) -> LinearSolver:
         status = status_where(ok | solved, Status.CONVERGED, Status.MAX_STEPS)
         # Its tolerances are meant entry by entry; ten times that, over all entries, is a miss.
         size = sum(leaf.size for leaf in jax.tree.leaves(system.b))
-        asked = system.norm * getattr(solver, "rtol", 0.0) + size**0.5 * getattr(solver, "atol", 0.0)
+        rtol, atol = getattr(solver, "rtol", 0.0), getattr(solver, "atol", 0.0)
+        asked = system.norm * rtol + size**0.5 * atol
         limit = jnp.minimum(jnp.maximum(10 * asked, system.noise * system.norm), system.norm)
         missed = system.residual_norm(x) > limit
         return x, system.fixed(steps, x, status_where(missed, Status.MAX_STEPS, status))
