@@ -48,7 +48,6 @@ class Plan(NamedTuple):
         chunk: Outer steps in one compiled scan.
         rates: The grid of outer step sizes.
         grid_steps: Outer steps after which these are compared.
-        shared_grid: Whether one method's choice (CG, k = t) serves all; else each chooses its own.
         splits: How many random splits, from the seed on.
         float64: Whether in double precision.
     """
@@ -61,7 +60,6 @@ class Plan(NamedTuple):
     chunk: int
     rates: tuple[float, ...]
     grid_steps: int
-    shared_grid: bool
     splits: int = 1
     float64: bool = False
 
@@ -87,7 +85,6 @@ def plans(options: argparse.Namespace) -> dict[str, Plan]:
             chunk=pick(10, 100, 100),
             rates=pick((0.1,), (0.1,), (0.01, 0.03, 0.1, 0.3)),
             grid_steps=kernel_steps,
-            shared_grid=False,
             splits=pick(1, 1, 3),
             float64=True,
         ),
@@ -100,7 +97,6 @@ def plans(options: argparse.Namespace) -> dict[str, Plan]:
             chunk=100,
             rates=pick((1e-3,), (1e-3,), (3e-4, 1e-3, 3e-3)),
             grid_steps=pick(300, 300, 500),
-            shared_grid=False,
         ),
         "news20": Plan(
             documents_task,
@@ -109,9 +105,8 @@ def plans(options: argparse.Namespace) -> dict[str, Plan]:
             k=10,
             num_steps=options.steps or pick(4, 20, 500),
             chunk=pick(2, 10, 10),
-            rates=pick((1.0,), (10.0,), (30.0, 100.0, 300.0)),
-            grid_steps=pick(4, 20, 20),
-            shared_grid=True,
+            rates=pick((1.0,), (10.0,), (100.0, 300.0, 1000.0)),
+            grid_steps=pick(4, 20, 40),
         ),
     }
 
@@ -199,7 +194,6 @@ def _column(options: argparse.Namespace, name: str, plan: Plan, t: int) -> list[
             name=title,
         )
 
-    @functools.cache
     def best_rate(by: str) -> tuple[float, dict[str, float]]:
         values = {}
         for rate in plan.rates:
@@ -210,7 +204,7 @@ def _column(options: argparse.Namespace, name: str, plan: Plan, t: int) -> list[
 
     rows = []
     for m in methods:
-        rate, grid = best_rate("cg_t" if plan.shared_grid else m)
+        rate, grid = best_rate(m)
         evaluate = _evaluator(tasks[0], prepared(m)[0])
         results = [_evaluate(evaluate, task, run(task, m, rate, plan.num_steps)) for task in tasks]
         temp = _temp_bytes(tasks[0], *prepared(m))

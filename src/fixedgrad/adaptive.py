@@ -9,11 +9,19 @@ import optax
 from jax import lax
 
 from .certificate import Certificate, assess
-from .dual_weighted import Packed, Products, dual_weighted, lagrangian, pack, single
+from .dual_weighted import (
+    Packed,
+    Products,
+    check_factory,
+    dual_weighted,
+    krylov,
+    lagrangian,
+    pack,
+    single,
+)
 from .failure import check_on_failure, enforce
-from .hypergradient import Hypergradient, HypergradientInfo, HypergradientState
-from .linear import gmres
-from .packing import partition, strongly_typed, zeros_like_inexact
+from .hypergradient import Hypergradient, HypergradientInfo, HypergradientState, check_state
+from .packing import blank, check_arrays, eval_shape, partition, strongly_typed, zeros_like_inexact
 from .realify import norm, resolution
 from .types import (
     LinearSolver,
@@ -39,10 +47,6 @@ _LOOSE = 0.1  # Tolerance of the solves in an estimate, and of a Newton step far
 _MAX_ROUNDS = 20
 
 
-def _gmres(rtol: Scalar) -> LinearSolver:
-    return gmres(max_steps=1000, rtol=rtol, restart=50)
-
-
 def adaptive_hypergradient(
     outer: Outer,
     phi: Phi,
@@ -50,7 +54,7 @@ def adaptive_hypergradient(
     rtol: Scalar,
     atol: Scalar = 0.0,
     max_products: int = 100_000,
-    linear_solver: Callable[[Scalar], LinearSolver] = _gmres,
+    linear_solver: Callable[[Scalar], LinearSolver] = krylov,
     safety: Scalar = 1.25,
     on_failure: OnFailure = "nan",
 ) -> Hypergradient:
@@ -101,7 +105,7 @@ def adaptive_hypergradient(
     where = "adaptive_hypergradient"
     check_callable(where, "outer", outer, "outer(w, lam, *args) -> scalar")
     check_callable(where, "phi", phi, "phi(w, lam, *args) -> w")
-    check_callable(where, "linear_solver", linear_solver, "linear_solver(rtol) -> LinearSolver")
+    check_factory(where, linear_solver)
     check_number(where, "rtol", rtol, lambda x: 0 <= x < 1, "a number in [0, 1)")
     check_number(where, "atol", atol, lambda x: x >= 0, "a number >= 0")
     check_number(where, "safety", safety, lambda x: x >= 1, "a number >= 1")
@@ -116,7 +120,7 @@ def adaptive_hypergradient(
         tau_w = jnp.minimum(_LOOSE * norm(tree.sub(w, image)), goal * norm(image))
         tau_v = jnp.minimum(_LOOSE * norm(r_v), goal * norm(b))
 
-        def blank() -> Certificate:
+        def like() -> Certificate:
             return assess(
                 packed,
                 single(packed, dual_weighted(packed, w, v, linear_solver, _LOOSE)),
@@ -124,7 +128,7 @@ def adaptive_hypergradient(
                 safety,
             )
 
-        certificate = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(blank))
+        certificate = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(like))
         spent = Products(jnp.int32(1), jnp.int32(0), jnp.int32(1))
         false = jnp.asarray(False)
         return _Round(w, v, tau_w, tau_v, certificate, spent, jnp.int32(0), false, false)
@@ -173,6 +177,7 @@ def adaptive_hypergradient(
     def update(
         state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, HypergradientState]:
+        check_state(state)
         w0, v0 = state.memory
         packed = pack(where, outer, phi, w0, lam, args, kwargs)
         s = start(packed, packed.w, partition(v0)[0])
@@ -192,13 +197,15 @@ def adaptive_hypergradient(
         )
 
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
-        w0, lam = strongly_typed(w0), strongly_typed(lam)
+        check_arrays(where, "w0", w0)
+        w0, lam = strongly_typed((w0, lam))
         memory = w0, zeros_like_inexact(w0)
         nothing: Any = None
-        blank = HypergradientState(nothing, w0, nothing, nothing, memory, jnp.int32(0))
-        _, shapes = jax.eval_shape(update, blank, lam, *args, **kwargs)
-        empty = jax.tree.map(_empty, shapes)
-        return empty._replace(w=w0, v=memory[1], memory=memory)
+        state = HypergradientState(nothing, w0, nothing, nothing, memory, jnp.int32(0))
+        _, shapes = eval_shape(update, state, lam, *args, **kwargs)
+        # Not w, v and the memory: they may hold keys, and are known.
+        info, certificate, value = blank((shapes.info, shapes.certificate, shapes.value))
+        return HypergradientState(value, w0, memory[1], info, memory, jnp.int32(0), certificate)
 
     return Hypergradient(init, update, outer, phi)
 
@@ -279,7 +286,3 @@ def _bring_down(
     return tree.where(better, tree.add(v, dv), v), spent._replace(
         phi=spent.phi + 1, jt=spent.jt + info.num_steps + 2
     )
-
-
-def _empty(s: jax.ShapeDtypeStruct) -> jax.Array:
-    return jnp.full(s.shape, jnp.nan if jnp.issubdtype(s.dtype, jnp.inexact) else 0, s.dtype)

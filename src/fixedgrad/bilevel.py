@@ -10,7 +10,8 @@ import optax
 from jax import lax
 
 from .hypergradient import Hypergradient, HypergradientState
-from .packing import is_inexact, strongly_typed
+from .lower.adapters import check_optimizer
+from .packing import blank, partition, strongly_typed
 from .realify import norm
 from .types import PyTree, check_callable, check_count, check_same
 
@@ -111,21 +112,18 @@ def bilevel(
             "`hypergrad` of `bilevel` must have `init` and `update`, as `hypergradient(...)` returns "
             f"them, got {hypergrad!r}."
         )
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            f"`optimizer` of `bilevel` must be an optax optimiser, got {optimizer!r}; call it, as in "
-            "`optax.adam(1e-2)`."
-        )
+    check_optimizer("bilevel", optimizer)
     if project is not None:
         check_callable("bilevel", "project", project, "project(lam) -> lam")
     full = optax.with_extra_args_support(optimizer)
 
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> BilevelState:
         lam = strongly_typed(lam)
+        hyper = hypergrad.init(w0, lam, *args, **kwargs)
         return BilevelState(
             lam,
-            hypergrad.init(w0, lam, *args, **kwargs),
-            strongly_typed(full.init(lam)),
+            hyper,
+            strongly_typed(full.init(partition(lam)[0])),
             jnp.int32(0),
             jnp.asarray(False),
         )
@@ -135,10 +133,12 @@ def bilevel(
     ) -> tuple[BilevelState, Record]:
         grad, hyper = hypergrad.update(state.hypergrad, state.lam, *args, **kwargs)
         finite = jnp.isfinite(norm(grad))
+        # The optimiser sees what has a gradient; `None` stands for integers and keys.
+        (x, rest, join), (x_bar, _, _) = partition(state.lam), partition(grad)
         updates, optimizer_state = full.update(
-            grad, state.optimizer, state.lam, value=hyper.value, grad=grad
+            x_bar, state.optimizer, x, value=hyper.value, grad=x_bar
         )
-        lam = optax.apply_updates(state.lam, updates)
+        lam = join(optax.apply_updates(x, updates), rest)
         if project is not None:
             projected = project(lam)
             check_same("bilevel", projected, lam, "`project(lam)`", "`lam`")
@@ -226,10 +226,7 @@ def _scan(
         return state, record
 
     def skip(state: BilevelState) -> tuple[BilevelState, Record]:
-        def blank(s: jax.ShapeDtypeStruct) -> jax.Array:
-            return jnp.full(s.shape, jnp.nan if is_inexact(s) else 0, s.dtype)
-
-        return state, jax.tree.map(blank, record_like)
+        return state, blank(record_like)
 
     def body(state: BilevelState, _: None) -> tuple[BilevelState, Record]:
         return lax.cond(state.stopped, skip, take, state)

@@ -14,8 +14,16 @@ import jax.numpy as jnp
 import optax
 
 from .bounds import Constants
-from .dual_weighted import Packed, Products, Refined, pack, refine, solve_v
-from .linear import gmres
+from .dual_weighted import (
+    Packed,
+    Products,
+    Refined,
+    check_factory,
+    krylov,
+    pack,
+    refine,
+    solve_v,
+)
 from .packing import partition
 from .proved import bound
 from .realify import norm
@@ -25,7 +33,6 @@ from .types import (
     Phi,
     PyTree,
     Scalar,
-    check_callable,
     check_number,
     check_same,
 )
@@ -35,10 +42,6 @@ tree = optax.tree
 Level = Literal["estimate", "proved"]
 
 _MAX_PASSES = 4
-
-
-def _gmres(rtol: Scalar) -> LinearSolver:
-    return gmres(max_steps=1000, rtol=rtol, restart=50)
 
 
 class Reason(enum.IntEnum):
@@ -109,7 +112,7 @@ def certify(
     constants: Constants | None = None,
     solve_rtol: Scalar = 0.01,
     safety: Scalar = 1.25,
-    linear_solver: Callable[[Scalar], LinearSolver] = _gmres,
+    linear_solver: Callable[[Scalar], LinearSolver] = krylov,
     gradient: PyTree | None = None,
     **kwargs: PyTree,
 ) -> Certificate:
@@ -186,9 +189,7 @@ def certify(
         element methods, Acta Numerica 2001 (dual-weighted residuals); Ehrhardt, Roberts, Analyzing
         inexact hypergradients for bilevel learning, 2023 (a-posteriori bounds).
     """
-    check_callable("certify", "outer", outer, "outer(w, lam, *args) -> scalar")
-    check_callable("certify", "phi", phi, "phi(w, lam, *args) -> w")
-    check_callable("certify", "linear_solver", linear_solver, "linear_solver(rtol) -> LinearSolver")
+    check_factory("certify", linear_solver)
     check_number("certify", "solve_rtol", solve_rtol, lambda x: 0 < x < 1, "a number in (0, 1)")
     check_number("certify", "safety", safety, lambda x: x >= 1, "a number >= 1")
     if level not in get_args(Level):
@@ -208,7 +209,10 @@ def certify(
             "certify", jax.tree.map(jnp.asarray, v), jax.tree.map(jnp.asarray, w), "`v`", "`w`"
         )
         v_x = partition(jax.tree.map(jnp.asarray, v))[0]
-    given = None if gradient is None else partition(gradient)[0]
+    given = None
+    if gradient is not None:
+        given = partition(jax.tree.map(jnp.asarray, gradient))[0]
+        check_same("certify", given, packed.x, "`gradient`", "`lam` (its inexact leaves)")
     if level == "proved":
         assert constants is not None  # Known to pyright by now, and to us since the check above.
         return _proved(packed, v_x, constants, given)
@@ -250,8 +254,8 @@ def assess(
         lower_part=norm(p.lower),
         linear_part=norm(p.linear),
         remainder=s.rest,
-        gradient=packed.join_x(gradient),
-        polished=packed.join_x(polished),
+        gradient=packed.join_gradient(gradient),
+        polished=packed.join_gradient(polished),
         residual_w=p.r_w,
         residual_v=p.r_v,
         products=s.products._replace(jt=jt),
@@ -267,7 +271,7 @@ def _proved(packed: Packed, v: PyTree, c: Constants, given: PyTree | None) -> Ce
     b = bound(packed, v, c, given)
     reason = jnp.where(b.holds, jnp.int32(Reason.VALID), jnp.int32(Reason.CONSTANT_CONTRADICTED))
     reason = jnp.where(jnp.isfinite(b.error), reason, jnp.int32(Reason.NON_FINITE))
-    gradient = packed.join_x(b.gradient)
+    gradient = packed.join_gradient(b.gradient)
     return Certificate(
         error=b.error,
         relative_error=_relative(b.error, gradient),

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
 from .certificate import Certificate, certify
 from .hypergradient import Hypergradient, HypergradientState
-from .packing import is_inexact
+from .packing import blank, eval_shape
 from .realify import norm
 from .types import PyTree, check_count
 
@@ -124,9 +123,6 @@ def _with_certificate(
             grad, state = inner_update(state, lam, *args, **kwargs)
             return answer(grad, state, lam, *args, **kwargs)
 
-        def nothing(s: jax.ShapeDtypeStruct) -> jax.Array:
-            return jnp.full(s.shape, jnp.nan if is_inexact(s) else 0, s.dtype)
-
-        return state._replace(certificate=jax.tree.map(nothing, jax.eval_shape(shape, state, lam)))
+        return state._replace(certificate=blank(eval_shape(shape, state, lam)))
 
     return Hypergradient(init, update, outer, phi)

@@ -12,7 +12,7 @@ from .decorator import fixed_point
 from .diagnostics import solve_lower
 from .dual_weighted import pack
 from .estimators import truncated_itd
-from .packing import partition, strongly_typed
+from .packing import check_arrays, partition, split_lam, strongly_typed
 from .realify import norm, resolution
 from .types import Outer, Phi, PyTree, check_callable
 
@@ -94,22 +94,25 @@ def check(
     ()
     """
     check_callable("check", "solve", solve, "solve(w0, lam, *args) -> w")
-    w0, lam = strongly_typed(w0), strongly_typed(lam)
-    x, rest, join = partition(lam)
+    check_callable("check", "outer", outer, "outer(w, lam, *args) -> scalar")
+    check_callable("check", "phi", phi, "phi(w, lam, *args) -> w")
+    check_arrays("check", "w0", w0)
+    w0, lam = strongly_typed((w0, lam))
+    x, join, join_gradient = split_lam("check", lam)
 
     def objective(solver: Callable[..., PyTree], x: PyTree) -> jax.Array:
-        lam = join(x, rest)
+        lam = join(x)
         return outer(solver(w0, lam, *args, **kwargs), lam, *args, **kwargs)
 
     gradient = jax.grad(lambda x: objective(solve, x))(x)
     w = solve(w0, lam, *args, **kwargs)
-    certificate = certify(outer, phi, w, None, lam, *args, gradient=join(gradient, rest), **kwargs)
+    certificate = certify(outer, phi, w, None, lam, *args, gradient=gradient, **kwargs)
     # ITD from the solver's own w, so that only the derivative rule differs.
     unrolled = fixed_point(phi, truncated_itd(num_steps=num_steps))(lambda *_, **__: w)
     by_itd = jax.grad(lambda x: objective(unrolled, x))(x)
 
     def exact(x: PyTree) -> jax.Array:
-        packed = pack("check", outer, phi, w, join(x, rest), args, kwargs)
+        packed = pack("check", outer, phi, w, join(x), args, kwargs)
         solved, _, _ = solve_lower(packed, 0.0)
         return packed.outer(solved, packed.x)
 
@@ -132,7 +135,7 @@ def check(
         )
         if not value <= rtol
     )
-    return Check(join(gradient, rest), certificate, by_polished, by_itd, by_difference, disagree)
+    return Check(join_gradient(gradient), certificate, by_polished, by_itd, by_difference, disagree)
 
 
 def _relative_difference(a: PyTree, b: PyTree) -> float:

@@ -5,8 +5,8 @@ the linear system at hand with every method that applies.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,9 @@ import optax
 from jax import lax
 
 from .adaptive import newton_krylov
-from .dual_weighted import Packed, Products, pack, ratio
+from .dual_weighted import Packed, Products, krylov, pack, ratio
 from .estimators import aid, itd
-from .linear import cg, dense, fp, gmres, normal_cg
-from .packing import strongly_typed
+from .linear import bicgstab, cg, dense, fp, gmres, normal_cg
 from .realify import norm, realified, resolution
 from .types import (
     Estimator,
@@ -25,9 +24,7 @@ from .types import (
     Outer,
     Phi,
     PyTree,
-    Scalar,
     Status,
-    check_callable,
     check_number,
     failed,
 )
@@ -45,9 +42,9 @@ class Alternative(NamedTuple):
     Attributes:
         name: How it is written.
         estimator: It, ready to use.
-        usable: Whether it reached the tolerance without a breakdown.
+        usable: Whether it reached the tolerance without a breakdown (`itd`: whether ρ(J) < 1).
         products: Products with J or Jᵀ that it took (`itd`: predicted from ρ(J)).
-        cost: The same in single products, where a blocked product costs less.
+        cost: Operations that it should take: those of the products, of its own vectors, of starting.
         memory: Memory in units of w.
         why: One clause.
     """
@@ -103,12 +100,15 @@ class Recommendation(NamedTuple):
             f"J {symmetric}, condition of I - J = {self.condition:.3g}, "
             f"|Phi(w) - w| = {self.residual:.2g}"
         )
+        lines.append(
+            f"  operations: {self.flops[0]:.3g} for Phi, {self.flops[1]:.3g} for a product with J^T"
+        )
         lines.append(f"  {'method':<46} {'usable':<7} {'products':>8} {'cost':>8} {'memory/w':>9}")
         for a in self.alternatives:
             usable = "yes" if a.usable else "no"
             products = f"{a.products}" if a.products < _MAX_STEPS else "-"
             lines.append(
-                f"  {a.name:<46} {usable:<7} {products:>8} {a.cost:>8.0f} {a.memory:>9}  {a.why}"
+                f"  {a.name:<46} {usable:<7} {products:>8} {a.cost:>8.1e} {a.memory:>9}  {a.why}"
             )
         return "\n".join(lines)
 
@@ -129,8 +129,10 @@ def recommend(
     Solves the lower level (Newton–Krylov), estimates ρ(J) and ‖J‖ by power iteration, the symmetry of
     J by random probes, the extreme eigenvalues where it is symmetric, and then solves
     (I − Jᵀ)v = ∇₁E to `rtol` by every method that applies, counting products. The rule: the cheapest
-    that succeeded, `dense` counted at a quarter of a product a column and 2d³/3 operations; `itd` where
-    Φ has no fixed point near or is not a contraction and nothing else succeeded.
+    that succeeded, by operations: products by the compiler's count (`dense`: a quarter of one a column,
+    and 2d³/3 for the factors), what a method does with its own vectors each step, and what starting it
+    amounts to; the last two as measured on a CPU. `itd` where the lower level was not solved, or
+    nothing else succeeded: it differentiates what your solver computes.
 
     Estimates from power iteration are lower bounds of what they estimate. What cannot be measured:
     whether λ enters the solver in other ways than through Φ; then use `itd`.
@@ -160,29 +162,26 @@ def recommend(
     >>> advice.symmetric, round(advice.spectral_radius, 3), advice.warnings
     (True, 0.5, ())
     """
-    check_callable("recommend", "outer", outer, "outer(w, lam, *args) -> scalar")
-    check_callable("recommend", "phi", phi, "phi(w, lam, *args) -> w")
     check_number("recommend", "rtol", rtol, lambda x: 0 < x < 1, "a number in (0, 1)")
     key = jax.random.key(0) if key is None else key
-    w0, lam = strongly_typed(w0), strongly_typed(lam)
     packed = pack("recommend", outer, phi, w0, lam, args, kwargs)
     w, residual, failed = solve_lower(packed, min(rtol, 1e-6))
     facts = _measure(packed, w, key)
     size = int(tree.size(realified(w)[0](w)))
     alternatives = [
-        _try(packed, w, name, solver, memory, why, size, rtol, facts.flops_product)
-        for name, solver, memory, why in _candidates(facts, size, rtol)
+        _try(packed, w, candidate, size, rtol, facts.flops_product)
+        for candidate in _candidates(facts, size, rtol)
     ]
     alternatives.append(_unrolled(facts, rtol))
     alternatives.sort(key=lambda a: (not a.usable, a.cost))
-    best = alternatives[0]
     implicit = [a for a in alternatives if a.usable and a.name != _ITD]
-    if implicit and not failed:
-        best = implicit[0]
+    unrolled = next(a for a in alternatives if a.name == _ITD)
+    best = implicit[0] if implicit and not failed else unrolled
     warnings = _warnings(facts, residual, failed)
     reasons = [f"it took {best.products} products to {rtol:g}, the cheapest that succeeded"]
     if best.name == _ITD:
-        reasons = ["no linear method succeeded here; it differentiates what is computed"]
+        missing = "the lower level was not solved" if failed else "no linear method succeeded"
+        reasons = [f"{missing} here; it differentiates what your solver computes"]
     elif best.why:
         reasons.append(best.why)
     return Recommendation(
@@ -203,6 +202,7 @@ def recommend(
 
 
 _ITD = "itd()"
+_DENSE = "aid(dense())"
 
 
 class _Facts(NamedTuple):
@@ -226,10 +226,7 @@ def solve_lower(packed: Packed, rtol: float) -> tuple[PyTree, jax.Array, bool]:
         image = packed.phi(w, packed.x)
         tau = rtol * norm(image)
 
-        def solver(rtol: Scalar) -> LinearSolver:
-            return gmres(max_steps=500, rtol=rtol, restart=50)
-
-        w, _ = newton_krylov(packed, w, tau, spent, solver, 20_000)
+        w, _ = newton_krylov(packed, w, tau, spent, krylov, 20_000)
         image = packed.phi(w, packed.x)
         size = norm(tree.sub(w, image))
         floor = 64 * resolution(w) * norm(image)
@@ -312,33 +309,53 @@ def _measure(packed: Packed, w: PyTree, key: jax.Array) -> _Facts:
     )
 
 
-def _candidates(facts: _Facts, size: int, rtol: float):
-    """(name, solver, memory, why) of the methods that apply."""
+class _Candidate(NamedTuple):
+    """A linear solver and what it costs beside its products.
+
+    Attributes:
+        name: How it is written.
+        solver: It.
+        memory: In units of w.
+        why: One clause.
+        products: A step.
+        vectors: Operations on vectors a step, in multiply-adds for each unknown.
+        start: What a solve costs before its first step, in operations; as those of the vectors read
+            off solves of 20 and of 200 unknowns, at 2000 operations a microsecond.
+    """
+
+    name: str
+    solver: LinearSolver
+    memory: int
+    why: str
+    products: int
+    vectors: int
+    start: float
+
+
+def _candidates(facts: _Facts, size: int, rtol: float) -> Iterator[_Candidate]:
+    """The methods that apply."""
     limits = f"max_steps={_MAX_STEPS}, rtol={rtol:g}"
+
+    def krylov(make: Callable[..., LinearSolver], *profile: Any) -> _Candidate:
+        solver = make(max_steps=_MAX_STEPS, rtol=rtol)
+        return _Candidate(f"aid({make.__name__}({limits}))", solver, *profile)
+
     if size <= 2048:
-        yield "aid(dense())", dense(), size, "d is small enough for a direct solve"
+        why = "d is small enough for a direct solve"
+        yield _Candidate(_DENSE, dense(), size, why, 1, 0, 2e4)
     if facts.symmetric and facts.definite:
-        why = "J is symmetric and I - J positive definite"
-        yield f"aid(cg({limits}))", cg(max_steps=_MAX_STEPS, rtol=rtol), 5, why
-    why = "right for any invertible I - J"
-    yield f"aid(gmres({limits}))", gmres(max_steps=_MAX_STEPS, rtol=rtol), 34, why
+        yield krylov(cg, 5, "J is symmetric and I - J positive definite", 1, 10, 2e4)
     if facts.radius < 1:
         why = f"fixed-point steps contract by about {facts.radius:.3g}"
-        yield f"aid(fp({limits}))", fp(max_steps=_MAX_STEPS, rtol=rtol), 2, why
+        yield krylov(fp, 2, why, 1, 3, 3e3)
+    yield krylov(gmres, 34, "right for any invertible I - J", 1, 4 * 31, 4e4)
     why = "right for any invertible I - J, in little memory"
-    yield f"aid(normal_cg({limits}))", normal_cg(max_steps=_MAX_STEPS, rtol=rtol), 5, why
+    yield krylov(bicgstab, 8, why, 2, 14, 4e4)
+    yield krylov(normal_cg, 5, why, 2, 10, 3e4)
 
 
 def _try(
-    packed: Packed,
-    w: PyTree,
-    name: str,
-    solver: LinearSolver,
-    memory: int,
-    why: str,
-    size: int,
-    rtol: float,
-    flops_product: float,
+    packed: Packed, w: PyTree, c: _Candidate, size: int, rtol: float, flops_product: float
 ) -> Alternative:
     """Solves (I − Jᵀ)v = ∇₁E at w with one method, and counts."""
 
@@ -346,30 +363,29 @@ def _try(
     def solve(w: PyTree):
         b = jax.grad(packed.outer)(w, packed.x)
         _, vjp = jax.vjp(lambda u: packed.phi(u, packed.x), w)
-        _, info = solver(lambda u: vjp(u)[0], b)
+        _, info = c.solver(lambda u: vjp(u)[0], b)
         return info, norm(b)
 
     info, scale = solve(w)
     usable = not bool(failed(info)) and bool(info.residual <= 2 * rtol * scale)
-    status = Status(int(info.status))
-    products = int(info.num_steps) + 1
-    cost = float(products)
-    if name == "aid(dense())":
+    product = max(flops_product, 2.0 * size) if math.isfinite(flops_product) else 2.0 * size**2
+    if c.name == _DENSE:
         products = size
-        cubic = (2 / 3) * size**3 / flops_product if flops_product > 0 else 0.0
-        cost = 0.25 * size + cubic
-    elif "normal_cg" in name:
-        products, cost = 2 * products, 2 * cost
-    return Alternative(
-        name, aid(solver), usable, products, cost, memory, why if usable else status.name
-    )
+        cost = 0.25 * size * product + (2 / 3) * size**3
+    else:
+        products = c.products * (int(info.num_steps) + 1)
+        cost = products * product + int(info.num_steps) * c.vectors * 2.0 * size
+    why = c.why if usable else Status(int(info.status)).name
+    return Alternative(c.name, aid(c.solver), usable, products, c.start + cost, c.memory, why)
 
 
 def _unrolled(facts: _Facts, rtol: float) -> Alternative:
-    rate = facts.radius
-    steps = math.ceil(math.log(rtol) / math.log(rate)) if 0 < rate < 1 else _MAX_STEPS
+    contracts = 0 < facts.radius < 1
+    steps = math.ceil(math.log(rtol) / math.log(facts.radius)) if contracts else _MAX_STEPS
+    steps = max(steps, 1)
+    cost = steps * (facts.flops_phi + facts.flops_product)
     why = "reverse mode through a loop of static length; holds all iterates"
-    return Alternative(_ITD, itd(), True, max(steps, 1), float(max(steps, 1)), max(steps, 1), why)
+    return Alternative(_ITD, itd(), facts.radius < 1, steps, cost, steps, why)
 
 
 def _warnings(facts: _Facts, residual: jax.Array, failed: bool) -> list[str]:

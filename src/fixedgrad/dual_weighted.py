@@ -16,9 +16,21 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from .packing import partition
+from .estimators import check_linear_solver
+from .linear import gmres
+from .packing import check_arrays, check_phi, eval_shape, partition, split_lam, strongly_typed
 from .realify import norm, resolution
-from .types import LinearSolver, Outer, Phi, PyTree, Scalar, check_same, check_scalar, failed
+from .types import (
+    LinearSolver,
+    Outer,
+    Phi,
+    PyTree,
+    Scalar,
+    check_callable,
+    check_scalar,
+    failed,
+    show,
+)
 
 tree = optax.tree
 
@@ -42,7 +54,7 @@ class Packed(NamedTuple):
     w: PyTree
     x: PyTree
     join_w: Callable[[PyTree], PyTree]
-    join_x: Callable[[PyTree], PyTree]
+    join_gradient: Callable[[PyTree], PyTree]
 
 
 class Pass(NamedTuple):
@@ -114,19 +126,22 @@ def pack(
     where: str, outer: Outer, phi: Phi, w: PyTree, lam: PyTree, args: PyTree, kwargs: PyTree
 ) -> Packed:
     """Φ and E as functions of inexact leaves, checked."""
-    w, lam = jax.tree.map(jnp.asarray, (w, lam))
-    check_same(where, jax.eval_shape(phi, w, lam, *args, **kwargs), w, "`phi(w, ...)`", "`w`")
-    check_scalar(where, jax.eval_shape(outer, w, lam, *args, **kwargs))
+    check_callable(where, "outer", outer, "outer(w, lam, *args) -> scalar")
+    check_callable(where, "phi", phi, "phi(w, lam, *args) -> w")
+    check_arrays(where, "w", w)
+    w, lam = strongly_typed((w, lam))
+    x, join_lam, join_gradient = split_lam(where, lam)
+    check_phi(where, phi, w, "`w`", (lam, *args), kwargs)
+    check_scalar(where, eval_shape(outer, w, lam, *args, **kwargs))
     w_x, w_rest, join_w = partition(w)
-    x, lam_rest, join_lam = partition(lam)
 
     def packed_phi(w_x: PyTree, x: PyTree) -> PyTree:
         with jax.default_matmul_precision("highest"):
-            image = phi(join_w(w_x, w_rest), join_lam(x, lam_rest), *args, **kwargs)
+            image = phi(join_w(w_x, w_rest), join_lam(x), *args, **kwargs)
         return partition(image)[0]
 
     def packed_outer(w_x: PyTree, x: PyTree) -> jax.Array:
-        return outer(join_w(w_x, w_rest), join_lam(x, lam_rest), *args, **kwargs)
+        return outer(join_w(w_x, w_rest), join_lam(x), *args, **kwargs)
 
     return Packed(
         packed_phi,
@@ -134,8 +149,26 @@ def pack(
         w_x,
         x,
         lambda w_x: join_w(w_x, w_rest),
-        lambda x: join_lam(x, lam_rest),
+        join_gradient,
     )
+
+
+def krylov(rtol: Scalar) -> LinearSolver:
+    """What solves with A and Aᵀ where the caller has no wish: right for any invertible A."""
+    return gmres(max_steps=1000, rtol=rtol, restart=50)
+
+
+def check_factory(where: str, linear_solver: object) -> None:
+    """Raises `TypeError` unless `linear_solver` makes a linear solver of a tolerance."""
+    name, signature = "linear_solver", "linear_solver(rtol) -> LinearSolver"
+    check_callable(where, name, linear_solver, signature)
+    try:
+        check_linear_solver(where, linear_solver(0.1))  # pyright: ignore[reportCallIssue]
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` of `{where}` must be a function `{signature}`, got {show(linear_solver)}, of "
+            f"which {name}(0.1) is not one: {error} Write `lambda rtol: cg(max_steps=1000, rtol=rtol)`."
+        ) from None
 
 
 def lagrangian(packed: Packed, w: PyTree, v: PyTree) -> tuple[PyTree, PyTree, PyTree, PyTree]:

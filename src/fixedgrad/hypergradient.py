@@ -13,13 +13,13 @@ from .failure import check_on_failure, enforce
 from .lower import fixed_point_info, solve_with_info
 from .packing import (
     SOLVED,
+    blank,
     check_arrays,
     check_phi,
     eval_shape,
-    is_inexact,
     partition,
+    split_lam,
     strongly_typed,
-    zero_tangent,
     zeros_like_inexact,
 )
 from .types import (
@@ -36,7 +36,6 @@ from .types import (
     check_same,
     check_scalar,
     failed,
-    shapes_of,
     show,
 )
 
@@ -195,21 +194,12 @@ def hypergradient(
     def update(
         state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, HypergradientState]:
-        if not isinstance(state, HypergradientState):
-            raise TypeError(
-                "`state` of `update` must be what `init` or the last `update` returned, got "
-                f"{show(state)}; the order is `update(state, lam)`."
-            )
+        check_state(state)
         w0, v0 = start.propose(state.memory)
-        x, lam_rest, join_lam = partition(lam)
-        if not jax.tree.leaves(x):
-            raise TypeError(
-                "`lam` of `hypergradient` has no floating-point leaf to differentiate, got "
-                f"{shapes_of(lam)}; write `1.0` for `1`."
-            )
+        x, join_lam, join_gradient = split_lam("hypergradient", lam)
 
         def packed_solver(w0: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
-            w, info = solve_with_info(solver, w0, join_lam(x, lam_rest), *args, **kwargs)
+            w, info = solve_with_info(solver, w0, join_lam(x), *args, **kwargs)
             check_arrays("hypergradient", "w", w)
             w = jax.tree.map(jnp.asarray, w)
             check_phi("hypergradient", phi, w, SOLVED, (lam, *args), kwargs)
@@ -225,7 +215,7 @@ def hypergradient(
 
         def packed_phi(w_x: PyTree, x: PyTree) -> PyTree:
             with jax.default_matmul_precision("highest"):
-                image = phi(join_w(w_x, w_rest), join_lam(x, lam_rest), *args, **kwargs)
+                image = phi(join_w(w_x, w_rest), join_lam(x), *args, **kwargs)
             return partition(image)[0]
 
         w_x, (w_rest, lower, w), residuals = estimator.fwd(packed_phi, run, w0, x)
@@ -235,7 +225,7 @@ def hypergradient(
             lower = fixed_point_info(phi, 0, w, lam, *args, **kwargs)
 
         def packed_outer(w_x: PyTree, x: PyTree) -> jax.Array:
-            value = outer(join_w(w_x, w_rest), join_lam(x, lam_rest), *args, **kwargs)
+            value = outer(join_w(w_x, w_rest), join_lam(x), *args, **kwargs)
             check_scalar("hypergradient", value)
             return value
 
@@ -256,8 +246,7 @@ def hypergradient(
             lost |= failed(back.info)
         memory = optax.tree.where(lost, state.memory, start.record(state.memory, w, v))
         info = HypergradientInfo(lower, back.info)
-        no_gradient = zero_tangent(lam_rest)
-        return join_lam(grad, no_gradient), HypergradientState(
+        return join_gradient(grad), HypergradientState(
             value, w, v, info, memory, state.num_updates + 1, state.certificate
         )
 
@@ -265,18 +254,23 @@ def hypergradient(
         check_arrays("hypergradient", "w0", w0)
         w0 = strongly_typed(w0)
         memory = start.init(w0, zeros_like_inexact(w0))
-        blank = HypergradientState(jnp.nan, w0, None, None, memory, jnp.int32(0))  # pyright: ignore
-        shapes = eval_shape(lambda *a, **k: update(*a, **k)[1], blank, lam, *args, **kwargs)
+        start_state = HypergradientState(jnp.nan, w0, None, None, memory, jnp.int32(0))  # pyright: ignore
+        shapes = eval_shape(lambda *a, **k: update(*a, **k)[1], start_state, lam, *args, **kwargs)
         check_same("hypergradient", w0, shapes.w, "`w0`", SOLVED)
-
-        def nothing(s: jax.ShapeDtypeStruct) -> jax.Array:
-            return jnp.full(s.shape, jnp.nan if is_inexact(s) else 0, s.dtype)
-
-        value, info = jax.tree.map(nothing, (shapes.value, shapes.info))
+        value, info = blank((shapes.value, shapes.info))
         v = None if shapes.v is None else zeros_like_inexact(w0)
         return HypergradientState(value, w0, v, info, memory, jnp.int32(0))
 
     return Hypergradient(init, update, outer, phi)
+
+
+def check_state(state: object) -> None:
+    """Raises `TypeError` unless `state` is one."""
+    if not isinstance(state, HypergradientState):
+        raise TypeError(
+            "`state` of `update` must be what `init` or the last `update` returned, got "
+            f"{show(state)}; the order is `update(state, lam)`."
+        )
 
 
 def _constant(value: PyTree, *_: PyTree) -> PyTree:

@@ -116,6 +116,35 @@ def partition(tree: PyTree) -> tuple[PyTree, PyTree, Callable[[PyTree, PyTree], 
     return of_kind("x"), of_kind("rest"), join
 
 
+def split_lam(
+    where: str, lam: PyTree
+) -> tuple[PyTree, Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
+    """The inexact leaves x of λ, the function x ↦ λ, and the same for a gradient.
+
+    The gradient has `float0` zeros where λ has integers or keys, as `jax.grad` with `allow_int` has.
+
+    Raises:
+        TypeError: λ has no inexact leaf.
+    """
+    x, rest, join = partition(lam)
+    if not jax.tree.leaves(x):
+        raise TypeError(
+            f"`lam` of `{where}` has no floating-point leaf to differentiate, got {shapes_of(lam)}; "
+            "write `1.0` for `1`."
+        )
+    no_gradient = zero_tangent(rest)
+    return x, lambda x: join(x, rest), lambda x_bar: join(x_bar, no_gradient)
+
+
+def blank(shapes: PyTree) -> PyTree:
+    """Arrays that hold nothing yet, from their shapes: NaN where inexact, else zero."""
+
+    def nothing(s: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.full(s.shape, jnp.nan if is_inexact(s) else 0, s.dtype)
+
+    return jax.tree.map(nothing, shapes)
+
+
 def is_inexact(leaf: Any) -> bool:
     """Whether an array or number has a floating or complex dtype."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
@@ -136,9 +165,11 @@ def zeros_like_inexact(tree: PyTree) -> PyTree:
 
 
 def strongly_typed(tree: PyTree) -> PyTree:
-    """Arrays without weak types, as a loop's carry needs them at both ends."""
+    """Arrays without weak types, as loops carry them at both ends; other leaves as they are."""
 
-    def strong(x: Any) -> jax.Array:
+    def strong(x: Any) -> Any:
+        if not _is_array(x):
+            return x
         x = jnp.asarray(x)
         return lax.convert_element_type(x, x.dtype) if is_inexact(x) else x
 
