@@ -30,6 +30,7 @@ from .types import (
     Phi,
     PyTree,
     Scalar,
+    SolveInfo,
     Status,
     check_callable,
     check_count,
@@ -62,10 +63,10 @@ def adaptive_hypergradient(
 
     Each round brings w to ‖r_w‖ ≤ τ_w by Newton–Krylov steps w ← w − e_w, A e_w ≈ r_w (where one
     does not bring the residual down, by ten steps of Φ), and v to ‖r_v‖ ≤ τ_v; then it takes the dual
-    weighted estimate of `certify`. Where the estimate is above the tolerance, the two thresholds
-    shrink in proportion to the share that each stage has in the error, and the next round goes on
-    from the corrected pair (w⁺, v⁺). The result is the corrected gradient g⁺ of the last round, while
-    the tolerance is met by the estimate for ĝ before the correction.
+    weighted estimate of `certify`. Where that is above the tolerance each stage is to have a share of
+    the tolerance, in proportion to what a digit costs it; the two thresholds shrink accordingly, and
+    the next round goes on from the corrected pair (w⁺, v⁺). The result is the corrected gradient g⁺
+    of the last round, while the tolerance is met by the estimate for ĝ before the correction.
 
     Every update starts from the w and v of the last one: in an outer loop most of the work is done
     already. For a descent direction a relative error below 1 suffices: loose tolerances early are
@@ -81,7 +82,8 @@ def adaptive_hypergradient(
         phi: `phi(w, lam, *args, **kwargs) -> w`.
         rtol: Relative tolerance on the hypergradient.
         atol: Absolute tolerance on the hypergradient.
-        max_products: Bound on evaluations of Φ plus products, checked between rounds.
+        max_products: Bound on evaluations of Φ plus products, checked before each Newton step and each
+            round: the last round may exceed it, by the linear solves that it has begun.
         linear_solver: A function of a relative tolerance that returns a `LinearSolver`, such as
             `lambda rtol: cg(max_steps=1000, rtol=rtol)` where J is symmetric.
         safety: Factor on the estimate.
@@ -113,44 +115,48 @@ def adaptive_hypergradient(
     check_on_failure(where, on_failure)
 
     def start(packed: Packed, w: PyTree, v: PyTree) -> _Round:
-        image, r_v, _, b = lagrangian(packed, w, v)
-        # Relative residuals of the size of the tolerance: where A is well conditioned this is enough,
-        # and one round will do.
-        goal = 0.5 * jnp.asarray(rtol, norm(w).dtype)
-        tau_w = jnp.minimum(_LOOSE * norm(tree.sub(w, image)), goal * norm(image))
-        tau_v = jnp.minimum(_LOOSE * norm(r_v), goal * norm(b))
-
         def like() -> Certificate:
             return assess(
                 packed,
-                single(packed, dual_weighted(packed, w, v, linear_solver, _LOOSE)),
+                single(packed, dual_weighted(packed, w, v, linear_solver, _LOOSE, split=False)),
                 None,
                 safety,
             )
 
         certificate = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(like))
-        spent = Products(jnp.int32(1), jnp.int32(0), jnp.int32(1))
-        false = jnp.asarray(False)
-        return _Round(w, v, tau_w, tau_v, certificate, spent, jnp.int32(0), false, false)
+        zero, false = jnp.int32(0), jnp.asarray(False)
+        tau = jnp.zeros_like(norm(w))
+        spent = Products(zero, zero, zero)
+        return _Round(w, v, tau, tau, certificate, spent, zero, false, false)
 
     def one_round(packed: Packed, s: _Round) -> _Round:
-        w, spent = newton_krylov(packed, s.w, s.tau_w, s.products, linear_solver, max_products)
-        v, spent = _bring_down(packed, w, s.v, s.tau_v, spent, linear_solver)
-        p = dual_weighted(packed, w, v, linear_solver, _LOOSE)
+        dtype = norm(s.w).dtype
+        # At first to relative residuals of half the tolerance: where A is well conditioned this is
+        # enough, and one round will do.
+        goal = jnp.asarray(rtol, dtype)
+        goal = jnp.where(s.rounds == 0, 0.5 * jnp.where(goal > 0, goal, _LOOSE), 0.0)
+        w, spent = newton_krylov(
+            packed, s.w, s.tau_w, s.products, linear_solver, max_products, goal
+        )
+        v, spent = _bring_down(packed, w, s.v, s.tau_v, spent, linear_solver, goal)
+        p = dual_weighted(packed, w, v, linear_solver, _LOOSE, split=False)
         c = single(packed, p)
         spent = jax.tree.map(jnp.add, spent, c.products)
         certificate = assess(packed, c, None, safety)._replace(products=spent)
-
-        dtype = certificate.error.dtype
         tol = jnp.maximum(
             jnp.asarray(rtol, dtype) * norm(certificate.polished), jnp.asarray(atol, dtype)
         )
         met = certificate.valid & (certificate.error <= tol)
-        # Half of what may remain for either stage; a stage that has it already shrinks a little, since
-        # the other one's share moves. Invalid: come closer and look again.
-        half = 0.35 * tol / jnp.asarray(safety, dtype)
-        shrink_w = jnp.minimum(0.5, half / jnp.maximum(certificate.lower_part, half))
-        shrink_v = jnp.minimum(0.9, half / jnp.maximum(certificate.linear_part, half))
+        # Of what may remain each stage gets a share in proportion to what a digit costs it: the sum of
+        # a ln(1/θ) and b ln(1/(1 − θ)) is least at θ = a/(a + b). Both solves of the pass went to the
+        # same relative tolerance, so that their products show a : b. A stage that has its share
+        # already shrinks a little, since the other one's moves. Invalid: come closer and look again.
+        a, b = (x.astype(dtype) for x in (p.products.j, p.products.jt))
+        theta = jnp.clip(a / (a + b), 0.1, 0.9)
+        share = 0.7 * tol / jnp.asarray(safety, dtype)
+        share_w, share_v = theta * share, (1 - theta) * share
+        shrink_w = jnp.minimum(0.5, share_w / jnp.maximum(certificate.lower_part, share_w))
+        shrink_v = jnp.minimum(0.9, share_v / jnp.maximum(certificate.linear_part, share_v))
         shrink_w = jnp.where(certificate.valid, shrink_w, _LOOSE)
         shrink_v = jnp.where(certificate.valid, shrink_v, 1.0)
         # The pass has already brought (w, v) to (w⁺, v⁺).
@@ -224,6 +230,17 @@ class _Round(NamedTuple):
     stuck: jax.Array
 
 
+class _Newton(NamedTuple):
+    """The carry of Newton–Krylov: a point to be judged, the last one accepted and its residual norm."""
+
+    w: PyTree
+    before: PyTree
+    size: jax.Array
+    proposed: jax.Array
+    met: jax.Array
+    spent: Products
+
+
 def newton_krylov(
     packed: Packed,
     w: PyTree,
@@ -231,41 +248,43 @@ def newton_krylov(
     spent: Products,
     linear_solver: Callable[[Scalar], LinearSolver],
     max_products: int,
+    goal: jax.Array | float = 0.0,
 ) -> tuple[PyTree, Products]:
-    """Brings ‖w − Φ(w)‖ to `tau`: Newton steps with forcing terms, plain steps where they fail."""
+    """Brings ‖w − Φ(w)‖ to `tau`, or to `goal` ‖Φ(w)‖ if that is more: Newton steps with forcing terms.
+
+    Each step linearises Φ once, at the point that the last one proposed. Where that point has not
+    brought the residual down, plain steps of Φ from the point before take its place.
+    """
     floor = 16 * resolution(w)
 
-    def residual(w: PyTree) -> tuple[PyTree, jax.Array]:
-        r = tree.sub(w, packed.phi(w, packed.x))
-        return r, norm(r)
+    def unfinished(s: _Newton) -> jax.Array:
+        return ~s.met & (sum(s.spent) < max_products)
 
-    def unfinished(carry: Any) -> jax.Array:
-        w, _, size, spent = carry
-        above = size > jnp.maximum(tau, floor * norm(w))
-        return above & jnp.isfinite(size) & (sum(spent) < max_products)
+    def step(s: _Newton) -> _Newton:
+        image, jvp = jax.linearize(lambda u: packed.phi(u, packed.x), s.w)
+        r = tree.sub(s.w, image)
+        size = norm(r)
+        rejected = s.proposed & ~(size <= 0.7 * s.size)
+        target = jnp.maximum(jnp.maximum(tau, goal * norm(image)), floor * norm(s.w))
+        met = ~rejected & ((size <= target) | ~jnp.isfinite(size))
+        # No more accurate than the goal asks for, nor than a Newton step can use; 1 for no step.
+        forcing = jnp.clip(0.5 * target / size, 1e-4, _LOOSE)
+        e, info = linear_solver(jnp.where(met | rejected, 1.0, forcing))(jvp, r)
+        lost = rejected | (failed(info) & ~met)
 
-    def step(carry: Any) -> Any:
-        w, r, size, spent = carry
-        _, jvp = jax.linearize(lambda u: packed.phi(u, packed.x), w)
-        # No more accurate than the goal asks for, nor than a Newton step can use.
-        forcing = jnp.clip(0.5 * tau / size, 1e-4, _LOOSE)
-        e, info = linear_solver(forcing)(jvp, r)
-        newton = tree.sub(w, e)
-        r_newton, size_newton = residual(newton)
-        good = (size_newton <= 0.7 * size) & ~failed(info)
+        def plain() -> PyTree:
+            start = tree.where(rejected, s.before, s.w)
+            return lax.fori_loop(0, _PLAIN_STEPS, lambda _, u: packed.phi(u, packed.x), start)
 
-        def plain() -> Any:
-            u = lax.fori_loop(0, _PLAIN_STEPS, lambda _, u: packed.phi(u, packed.x), w)
-            return u, *residual(u)
+        w = lax.cond(lost, plain, lambda: tree.where(met, s.w, tree.sub(s.w, e)))
+        extra = jnp.where(lost, 1 + _PLAIN_STEPS, 1).astype(jnp.int32)
+        spent = s.spent._replace(phi=s.spent.phi + extra, j=s.spent.j + _products(info))
+        return _Newton(w, s.w, size, ~lost, met, spent)
 
-        w, r, size = lax.cond(good, lambda: (newton, r_newton, size_newton), plain)
-        extra = jnp.where(good, 2, 3 + _PLAIN_STEPS).astype(jnp.int32)
-        return w, r, size, spent._replace(phi=spent.phi + extra, j=spent.j + info.num_steps + 1)
-
-    r, size = residual(w)
-    spent = spent._replace(phi=spent.phi + 1)
-    w, _, _, spent = lax.while_loop(unfinished, step, (w, r, size, spent))
-    return w, spent
+    false = jnp.asarray(False)
+    s = _Newton(w, w, jnp.full_like(norm(w), jnp.inf), false, false, spent)
+    s = lax.while_loop(unfinished, step, s)
+    return s.w, s.spent
 
 
 def _bring_down(
@@ -275,14 +294,21 @@ def _bring_down(
     tau: jax.Array,
     spent: Products,
     linear_solver: Callable[[Scalar], LinearSolver],
+    goal: jax.Array,
 ) -> tuple[PyTree, Products]:
-    """Brings ‖∇₁E − Aᵀv‖ to `tau` by one solve for the correction of v."""
-    _, r_v, _, _ = lagrangian(packed, w, v)
+    """Brings ‖∇₁E − Aᵀv‖ to `tau`, or to `goal` ‖∇₁E‖ if that is more, by one solve."""
+    _, r_v, _, b = lagrangian(packed, w, v)
     _, vjp = jax.vjp(lambda u: packed.phi(u, packed.x), w)
     size = norm(r_v)
-    rtol = jnp.clip(tau / jnp.where(size > 0, size, 1.0), 1e-12, 1.0)
+    target = jnp.maximum(tau, goal * norm(b))
+    rtol = jnp.clip(target / jnp.where(size > 0, size, 1.0), 1e-12, 1.0)
     dv, info = linear_solver(rtol)(lambda u: vjp(u)[0], r_v)
     better = jnp.isfinite(norm(dv))
     return tree.where(better, tree.add(v, dv), v), spent._replace(
-        phi=spent.phi + 1, jt=spent.jt + info.num_steps + 2
+        phi=spent.phi + 1, jt=spent.jt + _products(info) + 1
     )
+
+
+def _products(info: SolveInfo) -> jax.Array:
+    """One a step, and one for the true residual."""
+    return info.num_steps + jnp.minimum(info.num_steps, 1)

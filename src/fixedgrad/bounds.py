@@ -11,6 +11,10 @@ Python numbers give Python floats, in double precision. A JAX array in any place
 `t`, `k` and the fields of `Constants` broadcast, and jit, vmap and grad apply. `..._steps` invert
 the bounds on the host, not under jit. Known values are validated; traced ones cannot be.
 
+Cost: a few operations on scalars. Φ and E are never evaluated: what holds of them, the caller says.
+When not to use it: for the error of a hypergradient that was computed, which `certify` estimates
+where it stands; these are the worst cases over a ball, and mostly far above it.
+
 References:
     R. Grazzi, L. Franceschi, M. Pontil, S. Salzo, "On the Iteration Complexity of Hypergradient
     Computation", ICML 2020. Theorem, assumption and equation numbers below are this paper's.
@@ -37,6 +41,7 @@ class Constants(NamedTuple):
 
     Assumed, not checked: that they are such constants. A step size that depends on λ is a part of
     Φ, hence of `L_Phi` and `nu2`. Heavy ball has no Euclidean `q`: it contracts in another norm.
+    Signs and ranges are validated where the constants are used, not here.
 
     Attributes:
         D: ≥ ‖w‖.
@@ -66,7 +71,13 @@ class Constants(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """c₁(λ), c₂(λ), c₃(λ) of Theorem 2.1."""
+    """c₁(λ), c₂(λ), c₃(λ) of Theorem 2.1, made by `constants`.
+
+    Attributes:
+        c1: The factor of ‖w_t − w‖/D that ∇₁E and ∇₂E cause.
+        c2: The factor that ∂₁Φ and ∂₂Φ cause, times t/q, 1/(1−q) or (1−qᵏ)/(1−q).
+        c3: The factor of the recursion that is cut short, L_E L_Φ/(1−q).
+    """
 
     c1: Real
     c2: Real
@@ -89,6 +100,16 @@ def contraction_constants(
     The arguments are explained in `Constants`. If a larger μ is known, `_replace(mu=...)` improves
     `aid` and `aid_cg_steps`, nothing else.
 
+    Assumed, not checked: Assumption B, and that the others are such constants.
+    When not to use it: for a map that contracts in another norm only, such as heavy ball. Build
+    `Constants` there, with `mu` and without `q`, and take `aid`.
+
+    Returns:
+        `Constants` with `mu` = 1 − q.
+
+    Raises:
+        ValueError: `q` is not in (0, 1), or another constant is negative or not finite.
+
     >>> contraction_constants(q=0.75, D=1, L_E=1, L_Phi=1, nu1=0, nu2=0, eta1=1, eta2=0).mu
     0.25
     """
@@ -102,8 +123,17 @@ def constants(c: Constants) -> Coefficients:
 
     They are the prices of ∇E (c₁) and Φ′ (c₂) taken off w, and of a recursion cut short (c₃).
 
+    Assumed, not checked: A(iii), A(iv), B.
+    When not to use it: without a contraction; `aid` needs only μ.
+
     Args:
         c: constants, with a contraction.
+
+    Returns:
+        `Coefficients`; each is a float, or an array where a constant in it is one.
+
+    Raises:
+        ValueError: `c` has a `q` outside (0, 1) or another bad constant.
 
     >>> c = contraction_constants(q=0.5, D=1, L_E=2, L_Phi=1, nu1=1, nu2=0, eta1=1, eta2=0)
     >>> constants(c)
@@ -118,9 +148,17 @@ def constants(c: Constants) -> Coefficients:
 def fp_rate(k: Real, c: Constants) -> Real:
     """Rate qᵏ of fixed-point steps from 0: σ(k) of v ← Jᵀv + b (Theorem 2.3), ρ(t) of w ← Φ(w, λ).
 
+    Assumed, not checked: B. From another start it is the share of the first error that is left.
+
     Args:
         k: number of steps, ≥ 0, any shape.
         c: constants, with a contraction.
+
+    Returns:
+        The rate, a float, or an array where an argument is one.
+
+    Raises:
+        ValueError: `k` is negative, or `c` has a `q` outside (0, 1) or another bad constant.
 
     >>> c = contraction_constants(q=0.5, D=1, L_E=2, L_Phi=1, nu1=1, nu2=0, eta1=1, eta2=0)
     >>> fp_rate(3, c)
@@ -138,8 +176,16 @@ def gradient_descent_rate(kappa: Real) -> Real:
     r is the rate of conjugate gradients in the long run, see `cg_rate`. With s = √κ the difference
     is 2s(s−1)/((s²+1)(s+1)) ≥ 0. At κ = 1, q = 0: then give `contraction_constants` any q > 0.
 
+    When not to use it: for another step α, where q = max(|1 − α μ_ℓ|, |1 − α L_ℓ|).
+
     Args:
         kappa: κ = L_ℓ/μ_ℓ ≥ 1, where μ_ℓ I ≤ ∇₁²ℓ ≤ L_ℓ I (assumed, not checked).
+
+    Returns:
+        q, a float, or an array where `kappa` is one.
+
+    Raises:
+        ValueError: `kappa` is less than 1 or not finite.
 
     >>> gradient_descent_rate(9.0)
     0.8
@@ -158,10 +204,18 @@ def cg_rate(k: Real, kappa: Real) -> Real:
 
     Assumed, not checked: I − J symmetric and positive definite, exact arithmetic. For the normal
     equations (15), where I − J need only be invertible, pass κ².
+    When not to use it: to predict a solve whose eigenvalues cluster; it knows κ only, and `cg` is
+    faster there.
 
     Args:
         k: number of steps, ≥ 0, any shape.
         kappa: κ(I − J) ≥ 1; at most L_ℓ/μ_ℓ for gradient descent, (1+q)/(1−q) for a symmetric J.
+
+    Returns:
+        σ(k), at most 1: a float, or an array where an argument is one.
+
+    Raises:
+        ValueError: `k` is negative, or `kappa` is less than 1 or not finite.
 
     >>> cg_rate(0, 9.0), cg_rate(4, 9.0)
     (1.0, 0.375)
@@ -175,9 +229,18 @@ def cg_rate(k: Real, kappa: Real) -> Real:
 def iterate(t: Real, c: Constants) -> Real:
     """Bound on the error of the iterates w_t = Φ(w_{t−1}, λ) from 0: ‖w_t − w‖ ≤ qᵗ D.
 
+    Assumed, not checked: B.
+    When not to use it: where w_t is at hand; ‖w_t − w‖ ≤ ‖Φ(w_t, λ) − w_t‖/(1−q) needs no D.
+
     Args:
         t: number of steps, ≥ 0, any shape.
         c: constants, with a contraction.
+
+    Returns:
+        The bound, a float, or an array where an argument is one.
+
+    Raises:
+        ValueError: `t` is negative, or `c` has a `q` outside (0, 1) or another bad constant.
 
     >>> c = contraction_constants(q=0.5, D=4, L_E=2, L_Phi=1, nu1=1, nu2=0, eta1=1, eta2=0)
     >>> iterate(3, c)
@@ -197,6 +260,12 @@ def jacobian(t: Real, c: Constants) -> Real:
         t: number of steps, ≥ 0 (the paper has t ≥ 1; 0 holds too), any shape.
         c: constants, with a contraction.
 
+    Returns:
+        The bound, a float, or an array where an argument is one.
+
+    Raises:
+        ValueError: `t` is negative, or `c` has a `q` outside (0, 1) or another bad constant.
+
     >>> c = contraction_constants(q=0.5, D=1, L_E=2, L_Phi=1, nu1=1, nu2=0, eta1=1, eta2=0)
     >>> jacobian(2, c)
     2.5
@@ -214,10 +283,18 @@ def itd(t: Real, c: Constants) -> Real:
         ‖∇f_t − ∇f‖ ≤ (c₁ + c₂ t/q + c₃) qᵗ
 
     Assumed, not checked: A(iii), A(iv), B, a w₀ that does not depend on λ. It may rise first.
+    When not to use it: for a solver that does not iterate Φ itself, since `itd` differentiates the
+    solver; the bound is of w_t = Φ(w_{t−1}, λ).
 
     Args:
         t: number of steps, ≥ 0 (the paper has t ≥ 1; 0 holds too), any shape.
         c: constants, with a contraction.
+
+    Returns:
+        The bound, a float, or an array where an argument is one.
+
+    Raises:
+        ValueError: `t` is negative, or `c` has a `q` outside (0, 1) or another bad constant.
 
     >>> c = contraction_constants(q=0.5, D=1, L_E=2, L_Phi=1, nu1=1, nu2=0, eta1=1, eta2=0)
     >>> itd(2, c)
@@ -237,12 +314,19 @@ def aid(rho_t: Real, sigma_k: Real, c: Constants) -> Real:
 
     AID-CG: `aid(fp_rate(t, c), cg_rate(k, kappa), c)`. AID-FP: `aid_fp` is smaller if μ = 1 − q.
 
-    Assumed, not checked: A(iii), A(iv), C.
+    Assumed, not checked: A(i), A(iii), A(iv), C. Any solver of the lower level will do.
 
     Args:
         rho_t: ρ(t) ≤ 1 with ‖w_t − w‖ ≤ ρ(t) ‖w‖, any shape.
         sigma_k: σ(k) with ‖v_{t,k} − v_t‖ ≤ σ(k) ‖v_t‖ for the system at w_t, any shape.
         c: constants; `q` is not used.
+
+    Returns:
+        The bound, a float, or an array where an argument is one.
+
+    Raises:
+        ValueError: `rho_t` is not in [0, 1], `sigma_k` is negative, or `c` has a `mu` that is not
+            positive, a `q` that is neither in (0, 1) nor nan, or another bad constant.
 
     >>> c = contraction_constants(q=0.5, D=1, L_E=2, L_Phi=1, nu1=1, nu2=0, eta1=1, eta2=0)
     >>> aid(0.25, 0.125, c)
@@ -267,12 +351,19 @@ def aid_fp(t: Real, k: Real, c: Constants, *, rho: Rate = fp_rate) -> Real:
     are attained: by Φ = λw + a, E = w in one dimension, with L_Φ over the w_t alone.
 
     Assumed, not checked: A(iii), A(iv), B, and C(ii) by `rho`.
+    When not to use it: for another linear solver or another start of v; `aid` takes any σ(k).
 
     Args:
         t: number of lower-level steps, ≥ 0, any shape.
         k: number of linear steps, ≥ 0, any shape.
         c: constants, with a contraction.
         rho: `rho(t, c)` = ρ(t), by default qᵗ; for a w_t that is given, a constant function.
+
+    Returns:
+        The bound, a float, or an array where an argument is one.
+
+    Raises:
+        ValueError: `t` or `k` is negative, `rho` gives a value outside [0, 1], or `c` has a `q` outside (0, 1) or another bad constant.
 
     >>> c = contraction_constants(q=0.5, D=1, L_E=2, L_Phi=1, nu1=1, nu2=0, eta1=1, eta2=0)
     >>> aid_fp(2, 2, c), aid_fp(2, 2, c, rho=lambda t, c: 0.0)
@@ -290,9 +381,21 @@ def aid_fp(t: Real, k: Real, c: Constants, *, rho: Rate = fp_rate) -> Real:
 def itd_steps(tol: float, c: Constants) -> int:
     """Smallest t ≥ 0 with `itd(t, c)` ≤ `tol`, by search over the bound itself.
 
+    Assumed, not checked: what `itd` assumes.
+    Cost: about 2 log₂ t evaluations of the bound, on the host.
+    When not to use it: to choose `num_steps` where t products are dear; a tolerance on the residual
+    ends as soon as the iterates are good, the bound after the worst case.
+
     Args:
         tol: absolute tolerance on the hypergradient, > 0.
         c: constants, scalars, with a contraction.
+
+    Returns:
+        t, an integer.
+
+    Raises:
+        TypeError: an argument is traced or not a scalar.
+        ValueError: `tol` is not positive and finite, or `c` has a bad constant.
 
     >>> c = contraction_constants(q=0.5, D=1, L_E=2, L_Phi=1, nu1=1, nu2=0, eta1=1, eta2=0)
     >>> itd_steps(5.5, c), itd_steps(1e-3, c)
@@ -304,9 +407,20 @@ def itd_steps(tol: float, c: Constants) -> int:
 def aid_fp_steps(tol: float, c: Constants) -> int:
     """Smallest t = k ≥ 0 with `aid_fp(t, t, c)` ≤ `tol`; never more than `itd_steps(tol, c)`.
 
+    Assumed, not checked: what `aid_fp` assumes.
+    Cost: about 2 log₂ t evaluations of the bound, on the host.
+    When not to use it: see `itd_steps`.
+
     Args:
         tol: absolute tolerance on the hypergradient, > 0.
         c: constants, scalars, with a contraction.
+
+    Returns:
+        t = k, an integer.
+
+    Raises:
+        TypeError: an argument is traced or not a scalar.
+        ValueError: `tol` is not positive and finite, or `c` has a bad constant.
 
     >>> c = contraction_constants(q=0.5, D=1, L_E=2, L_Phi=1, nu1=1, nu2=0, eta1=1, eta2=0)
     >>> aid_fp_steps(1e-3, c)
@@ -318,9 +432,21 @@ def aid_fp_steps(tol: float, c: Constants) -> int:
 def cg_steps(tol: float, kappa: float) -> int:
     """Smallest k ≥ 0 with `cg_rate(k, kappa)` ≤ `tol`, of order √κ log(√κ/tol).
 
+    Assumed, not checked: what `cg_rate` assumes.
+    Cost: about 2 log₂ k evaluations of the rate, on the host.
+    When not to use it: as the `num_steps` of a `cg` that could have a tolerance; see `itd_steps`.
+
     Args:
         tol: relative tolerance, on ‖v_k − v‖/‖v‖, > 0.
         kappa: condition number κ ≥ 1 of I − J.
+
+    Returns:
+        k, an integer.
+
+    Raises:
+        TypeError: an argument is traced or not a scalar.
+        ValueError: `tol` is not positive and finite, or `kappa` is less than 1 or not finite.
+        OverflowError: `kappa` is so large, above about 10³¹, that r rounds to 1.
 
     >>> cg_steps(1e-3, 9.0)
     13
@@ -331,10 +457,23 @@ def cg_steps(tol: float, kappa: float) -> int:
 def aid_cg_steps(tol: float, c: Constants, kappa: float) -> tuple[int, int]:
     """The (t, k) of least t + k, then t, with `aid(fp_rate(t, c), cg_rate(k, kappa), c)` ≤ `tol`.
 
+    Assumed, not checked: what `aid` and `cg_rate` assume; κ that of I − ∂₁Φ at every w_t.
+    Cost: a search over t that evaluates the bound about k times, on the host: seconds at κ = 10⁸.
+    When not to use it: see `itd_steps`.
+
     Args:
         tol: absolute tolerance on the hypergradient, > 0.
         c: constants, scalars, with a contraction and a symmetric J.
         kappa: condition number κ ≥ 1 of I − J.
+
+    Returns:
+        The pair (t, k) of integers.
+
+    Raises:
+        TypeError: an argument is traced or not a scalar.
+        ValueError: `tol` is not positive and finite, `kappa` is less than 1 or not finite, or `c` has
+            a bad constant.
+        OverflowError: `kappa` is so large, above about 10³¹, that the rate of `cg` rounds to 1.
 
     >>> c = contraction_constants(q=0.8, D=1, L_E=2, L_Phi=1, nu1=1, nu2=0, eta1=1, eta2=0)
     >>> aid_cg_steps(1e-3, c, kappa=9.0), aid_fp_steps(1e-3, c)

@@ -62,8 +62,8 @@ class Pass(NamedTuple):
 
     Attributes:
         gradient: ĝ at (w, v).
-        lower: h_λ + BᵀA⁻ᵀh_w, the error that comes from w (with `split`, else all of it).
-        linear: −BᵀA⁻ᵀr_v, the error that comes from v (with `split`, else zero).
+        lower: h_λ + BᵀA⁻ᵀh_w, the error that comes from w.
+        linear: −BᵀA⁻ᵀr_v, the error that comes from v.
         w: w⁺.
         v: v⁺.
         r_w: ‖w − Φ(w)‖.
@@ -209,7 +209,8 @@ def dual_weighted(
         v: Where.
         linear_solver: From a relative tolerance to a solver.
         rtol: Tolerance of the solves; that for e_v is relative to ‖r_v‖ + ‖h_w‖.
-        split: Whether the parts of the error are wanted: one rough solve more.
+        split: Whether the parts of the error are wanted, by one rough solve more; else they are in
+            proportion to their right-hand sides.
     """
 
     # ∇L and Φ in one linearisation: its tangent gives J and h, its transpose is not needed.
@@ -229,12 +230,11 @@ def dual_weighted(
 
     # Of the two right-hand sides the second only serves to tell the parts apart: a rough solve.
     right = norm(r_v) + norm(h_w)
-    apart = jnp.asarray(split)
-    rows = jax.tree.map(
-        lambda h, r: jnp.stack([h - r, jnp.where(apart, h, jnp.zeros_like(h))]), h_w, r_v
-    )
-    rtols = jnp.asarray(rtol, right.dtype) * jnp.ones(2, right.dtype)
-    rtols = rtols.at[1].set(_ROUGH)
+    sides = [(tree.sub(h_w, r_v), jnp.asarray(rtol, right.dtype), right)]
+    if split is not False:
+        asked = tree.where(split, h_w, tree.zeros_like(h_w))
+        sides.append((asked, jnp.asarray(_ROUGH, right.dtype), norm(h_w)))
+    rows = jax.tree.map(lambda *x: jnp.stack(x), *sides)
 
     def solve(row: tuple[PyTree, jax.Array, jax.Array]) -> tuple[PyTree, jax.Array, jax.Array]:
         b, rtol, whole = row
@@ -242,23 +242,27 @@ def dual_weighted(
         x, info = linear_solver(relative)(lambda u: vjp(u)[0], b)
         return x, info.num_steps, failed(info)
 
-    solved, steps, lost = lax.map(solve, (rows, rtols, jnp.stack([right, norm(h_w)])))
-    from_both, from_h = (jax.tree.map(lambda x, i=i: x[i], solved) for i in (0, 1))
-    lower = tree.add(h_x, vjp(from_h)[1])
-    linear = tree.sub(vjp(from_both)[1], vjp(from_h)[1])
+    solved, steps, lost = lax.map(solve, rows)
+    e_v, *from_h = (jax.tree.map(lambda x, i=i: x[i], solved) for i in range(len(sides)))
+    both = vjp(e_v)[1]
+    # Without that solve the parts are told apart by their right-hand sides.
+    share = ratio(norm(h_w), right)
+    of_h = jax.tree.map(lambda x: share.astype(x.dtype) * x, both)
+    if from_h:
+        of_h = tree.where(split, vjp(from_h[0])[1], of_h)
     one = jnp.int32(1)
     # Φ is linearised once; ∇L, its tangent (J and the second derivative), and Bᵀ for each part.
     products = Products(
         one,
         of_w.num_steps + one,
-        jnp.sum(steps, dtype=jnp.int32) + 3 * one + apart.astype(jnp.int32),
+        jnp.sum(steps, dtype=jnp.int32) + 3 * one + jnp.asarray(split, jnp.int32),
     )
     return Pass(
         g,
-        lower,
-        linear,
+        tree.add(h_x, of_h),
+        tree.sub(both, of_h),
         tree.sub(w, e_w),
-        tree.sub(v, from_both),
+        tree.sub(v, e_v),
         norm(r_w),
         norm(r_v),
         right,

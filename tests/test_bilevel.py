@@ -1,0 +1,708 @@
+"""The outer loop: optimisers, projections, records, stopping, failures, and what rides along."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import fixedgrad as fg
+from fixedgrad import Status
+from problems import ESTIMATORS, PROBLEM, PROBLEMS, assert_close, matrix, named, single, solver_of
+
+EPS = float(jnp.finfo(jnp.float64).eps)
+ROOT = PROBLEM["square root"]
+
+
+@pytest.fixture
+def as_users_run():
+    """Optax's Adam and its schedules multiply integers with floats: not under strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+class Counter:
+    """A function that counts how often Python runs it."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.function(*args, **kwargs)
+
+
+def halved(w, lam):
+    """Φ with w(λ) = 2λ."""
+    return 0.5 * w + lam
+
+
+def to_three(w, lam):
+    """E = ½‖w − 3‖², hence f = ½‖2λ − 3‖² with its minimum at λ = 3/2."""
+    del lam
+    return 0.5 * jnp.sum((w - 3.0) ** 2)
+
+
+def of_halved(estimator=None, num_steps=60, **settings):
+    solver = fg.picard(halved, num_steps=num_steps)
+    return fg.hypergradient(to_three, halved, solver, estimator or fg.aid(fg.dense()), **settings)
+
+
+def hypergrad_of(problem, estimator, **settings):
+    return fg.hypergradient(problem.outer, problem.phi, solver_of(problem), estimator, **settings)
+
+
+def by_hand(hypergrad, optimizer, w0, lam, *args, num_steps, project=lambda lam: lam, **kwargs):
+    """The outer loop as one would write it in Python: λ after each step, f and ‖g‖ before it."""
+    update = jax.jit(hypergrad.update)
+    optimizer = optax.with_extra_args_support(optimizer)
+    hyper, state = hypergrad.init(w0, lam, *args, **kwargs), optimizer.init(lam)
+    lams, values, norms = [], [], []
+    for _ in range(num_steps):
+        gradient, hyper = update(hyper, lam, *args, **kwargs)
+        updates, state = optimizer.update(gradient, state, lam, value=hyper.value)
+        lam = project(optax.apply_updates(lam, updates))
+        lams.append(lam)
+        values.append(hyper.value)
+        norms.append(jnp.linalg.norm(ravel_pytree(gradient)[0]))
+    return lams, jnp.stack(values), jnp.stack(norms)
+
+
+# Steps.
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.05, momentum=0.9, nesterov=True),
+        optax.adam(0.1),
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.add_decayed_weights(0.01),
+            optax.sgd(optax.exponential_decay(0.2, 5, 0.5)),
+        ),
+        optax.polyak_sgd(),
+        optax.chain(optax.sgd(0.24), optax.contrib.reduce_on_plateau(patience=1, factor=0.5)),
+        optax.MultiSteps(optax.adam(0.1), every_k_schedule=3),
+    ],
+    ids=["momentum", "adam", "chain", "polyak", "plateau", "multi-steps"],
+)
+@pytest.mark.usefixtures("as_users_run")
+def test_the_loop_equals_update_and_optimiser_by_hand(optimizer):
+    hypergrad = hypergrad_of(ROOT, fg.aid(fg.cg(num_steps=3)), start=fg.warm())
+    loop = fg.bilevel(hypergrad, optimizer)
+    state, history = fg.run(loop, loop.init(ROOT.w0, ROOT.lam), num_steps=12)
+    lams, values, norms = by_hand(hypergrad, optimizer, ROOT.w0, ROOT.lam, num_steps=12)
+    # Rounding alone, which twelve steps and the optimiser's own quotients amplify.
+    assert_close(state.lam, lams[-1], 2**8 * EPS)
+    assert_close((history.value, history.gradient_norm), (values, norms), 2**8 * EPS)
+    assert not bool(state.stopped)
+    assert int(state.num_steps) == int(history.taken.sum()) == 12
+
+
+def test_an_optimiser_that_needs_the_value_is_given_that_of_the_last_update():
+    # Polyak's step (f − f*)/‖g‖² halves the distance to the minimum of a quadratic: g = 4(λ − 3/2).
+    loop = fg.bilevel(of_halved(), optax.polyak_sgd(max_learning_rate=10.0))
+    state, history = fg.run(loop, loop.init(0.0, 0.0), num_steps=5)
+    np.testing.assert_allclose(history.value, 4.5 * 4.0 ** -np.arange(5.0), rtol=2**8 * EPS)
+    np.testing.assert_allclose(state.lam, 1.5 * (1 - 2.0**-5), rtol=2**6 * EPS)
+
+
+@pytest.mark.parametrize(
+    ("problem", "row"),
+    [
+        pytest.param(PROBLEM["ridge" if row.symmetric_only else "nonlinear"], row, id=named(row))
+        for row in ESTIMATORS
+        if row.everywhere
+    ],
+)
+def test_the_loop_descends_as_one_with_the_gradients_of_the_closed_form(problem, row):
+    loop = fg.bilevel(hypergrad_of(problem, row.estimator), optax.sgd(0.1))
+    state, history = fg.run(loop, loop.init(problem.w0, problem.lam), num_steps=3)
+    want, values = problem.lam, []
+    for _ in range(3):
+        values.append(problem.outer(problem.solution(want), want))
+        want = want - 0.1 * problem.gradient(want)
+    assert_close(state.lam, want, row.accuracy + 2**10 * EPS)
+    np.testing.assert_allclose(history.value, values, rtol=row.accuracy + 2**10 * EPS)
+    assert np.all(np.diff(history.value) < 0)
+
+
+def test_one_step_without_jit_is_one_of_run():
+    loop = fg.bilevel(hypergrad_of(ROOT, fg.aid(fg.dense())), optax.sgd(0.1, momentum=0.9))
+    start = loop.init(ROOT.w0, ROOT.lam)
+    state, record = loop.step(start)
+    in_scan, history = fg.run(loop, start, num_steps=1)
+    chex.assert_trees_all_close(in_scan, state, rtol=2**6 * EPS, atol=2**6 * EPS)
+    first = jax.tree.map(lambda x: x[0], history)
+    chex.assert_trees_all_close(first, record, rtol=2**6 * EPS, atol=2**6 * EPS)
+
+
+def test_data_reach_objective_map_and_solver_as_arguments_and_by_name():
+    x, y = jnp.asarray(matrix(80, 1.0, 5, 3)), jnp.cos(jnp.arange(5.0))
+
+    def loss(w, lam, x, *, y):
+        return 0.5 * jnp.sum((x @ w - y) ** 2) + 0.5 * jnp.exp(lam) * jnp.sum(w**2)
+
+    def outer(w, lam, x, *, y):
+        return jnp.sum((x @ w - 2.0 * y) ** 2) + 0.0 * lam
+
+    def closed(lam):
+        w = jnp.linalg.solve(x.T @ x + jnp.exp(lam) * jnp.eye(3), x.T @ y)
+        return outer(w, lam, x, y=y)
+
+    phi = fg.gradient_descent(loss, step_size=0.6)
+    solver, estimator = fg.picard(phi, num_steps=150), fg.aid(fg.dense())
+    loop = fg.bilevel(fg.hypergradient(outer, phi, solver, estimator), optax.sgd(0.05))
+    lam = want = jnp.asarray(0.3)
+    state = loop.init(jnp.zeros(3), lam, x, y=y)
+    state, _ = fg.run(loop, state, x, y=y, num_steps=3)
+    for _ in range(3):
+        want = want - 0.05 * jax.grad(closed)(want)
+    assert_close(state.lam, want, 2**10 * EPS)
+
+
+# Records.
+
+
+@pytest.mark.parametrize(("t", "k"), [(3, 5), (6, 2)])
+def test_a_record_is_what_the_formulas_say(t, k):
+    # From 0, w = 2λ(1 − 2⁻ᵗ). With b = w − 3, v = Σ_{i<k} 2⁻ⁱ b = 2(1 − 2⁻ᵏ)b is also ĝ. All exact but λ.
+    loop = fg.bilevel(of_halved(fg.aid(fg.fp(num_steps=k)), num_steps=t), optax.sgd(0.1))
+    lam = jnp.array([1.0, -2.0])
+    state, history = fg.run(loop, loop.init(jnp.zeros(2), lam), num_steps=2)
+    for i in range(2):
+        w = 2.0 * lam * (1 - 2.0**-t)
+        b = w - 3.0
+        g = 2.0 * (1 - 2.0**-k) * b
+        rows = {
+            "value": 0.5 * jnp.sum(b**2),
+            "gradient_norm": jnp.linalg.norm(g),
+            "lower_residual": 2.0**-t * jnp.linalg.norm(lam),
+            "linear_residual": 2.0**-k * jnp.linalg.norm(b),
+            "lower_steps": t,
+            "linear_steps": k,
+            "taken": True,
+        }
+        assert set(rows) == set(fg.Record._fields)
+        for name, want in rows.items():
+            np.testing.assert_allclose(getattr(history, name)[i], want, rtol=2**6 * EPS)
+        lam = lam - 0.1 * g
+    assert_close(state.lam, lam, 2**4 * EPS)
+    # The state shows the last update: what belongs to the λ before the last step.
+    assert_close((state.hypergrad.w, state.hypergrad.v), (w, g), 2**4 * EPS)
+    assert float(state.hypergrad.value) == float(history.value[-1])
+
+
+@pytest.mark.parametrize("estimator", [fg.itd(), fg.truncated_itd(num_steps=4)])
+def test_a_record_without_a_linear_solve_has_no_residual_and_no_steps_of_it(estimator):
+    loop = fg.bilevel(of_halved(estimator), optax.sgd(0.1))
+    _, history = fg.run(loop, loop.init(jnp.zeros(2), jnp.ones(2)), num_steps=3)
+    assert np.all(np.isnan(history.linear_residual))
+    np.testing.assert_array_equal(history.linear_steps, np.zeros(3, np.int32))
+    np.testing.assert_array_equal(history.lower_steps, np.full(3, 60, np.int32))
+
+
+def test_the_recorded_norm_is_that_before_the_projection():
+    loop = fg.bilevel(of_halved(), optax.sgd(0.1), project=lambda lam: jnp.minimum(lam, 0.25))
+    state, history = fg.run(loop, loop.init(0.0, 0.25), num_steps=3)
+    np.testing.assert_allclose(
+        history.gradient_norm, np.full(3, 5.0), rtol=2**4 * EPS
+    )  # Of 4λ − 6.
+    assert float(state.lam) == 0.25
+
+
+# The state.
+
+
+@pytest.mark.parametrize("start", [fg.cold(), fg.warm()], ids=["cold", "warm"])
+@pytest.mark.parametrize(
+    "problem",
+    [*PROBLEMS, single(PROBLEM["pytree"]), single(PROBLEM["nonlinear"])],
+    ids=[*map(named, PROBLEMS), "pytree-float32", "nonlinear-float32"],
+)
+def test_the_state_keeps_its_structure_shapes_and_dtypes(problem, start):
+    hypergrad = hypergrad_of(problem, fg.aid(fg.fp(num_steps=3)), start=start)
+    loop = fg.bilevel(hypergrad, optax.sgd(0.1, momentum=0.9))
+    state = loop.init(problem.w0, problem.lam)
+    following, history = jax.eval_shape(functools.partial(fg.run, loop, num_steps=4), state)
+    chex.assert_trees_all_equal_structs(state, following)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, following)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state.lam, problem.lam)
+    assert {x.shape for x in jax.tree.leaves(history)} == {(4,)}
+
+
+def test_the_state_before_the_first_step_says_so_in_arrays():
+    loop = fg.bilevel(of_halved(start=fg.warm()), optax.adam(0.1))
+    state = loop.init(0.0, 1.0)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+    assert int(state.num_steps) == 0
+    assert not bool(state.stopped)
+    assert float(state.lam) == 1.0
+    assert jnp.isnan(state.hypergrad.value)
+
+
+def test_a_flattened_state_goes_on_with_the_same_bits():
+    loop = fg.bilevel(hypergrad_of(ROOT, fg.aid(fg.dense()), start=fg.warm()), optax.sgd(0.1, 0.9))
+    start = loop.init(ROOT.w0, ROOT.lam)
+    middle, _ = fg.run(loop, start, num_steps=3)
+    leaves, treedef = jax.tree.flatten(middle)
+    assert treedef == jax.tree.structure(start)
+    again = jax.tree.unflatten(treedef, [jnp.asarray(np.asarray(x)) for x in leaves])
+    chex.assert_trees_all_equal(
+        fg.run(loop, again, num_steps=3), fg.run(loop, middle, num_steps=3), strict=True
+    )
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_a_state_saved_by_orbax_goes_on_with_the_same_bits(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    loop = fg.bilevel(hypergrad_of(ROOT, fg.aid(fg.dense()), start=fg.warm()), optax.adam(0.1))
+    counted_start = loop.init(ROOT.w0, ROOT.lam)
+    middle, _ = fg.run(loop, counted_start, num_steps=3)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", middle)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", counted_start)
+    chex.assert_trees_all_equal(restored, middle, strict=True)
+    chex.assert_trees_all_equal(
+        fg.run(loop, restored, num_steps=3), fg.run(loop, middle, num_steps=3), strict=True
+    )
+
+
+# Projections.
+
+
+def test_every_iterate_lies_in_the_box_and_the_last_is_the_constrained_minimum():
+    low, high = jnp.array([0.0, 0.5, 1.0]), jnp.array([1.0, 2.0, 4.0])
+    project = functools.partial(optax.projections.projection_box, lower=low, upper=high)
+    loop = fg.bilevel(of_halved(), optax.sgd(0.15, momentum=0.5), project=project)
+    state = loop.init(jnp.zeros(3), jnp.array([0.0, 2.0, 4.0]))
+    lams = []
+    for _ in range(60):
+        state, _ = fg.run(loop, state, num_steps=1)
+        lams.append(state.lam)
+    assert np.all((low <= np.stack(lams)) & (np.stack(lams) <= high))
+    # The minimum is at 3/2 in every coordinate: above, inside and inside the three intervals.
+    assert_close(state.lam, jnp.array([1.0, 1.5, 1.5]), 1e-6)
+    assert np.any(np.stack(lams)[:, 1] == 0.5) or np.any(np.stack(lams)[:, 2] == 1.0)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_the_projected_loop_equals_the_one_by_hand():
+    project = optax.projections.projection_simplex
+    optimizer = optax.adam(0.2)
+    loop = fg.bilevel(of_halved(), optimizer, project=project)
+    lam = jnp.array([0.7, 0.2, 0.1])
+    state, history = fg.run(loop, loop.init(jnp.zeros(3), lam), num_steps=8)
+    lams, values, norms = by_hand(
+        of_halved(), optimizer, jnp.zeros(3), lam, num_steps=8, project=project
+    )
+    assert_close(state.lam, lams[-1], 2**8 * EPS)
+    assert_close((history.value, history.gradient_norm), (values, norms), 2**8 * EPS)
+
+
+@pytest.mark.parametrize(
+    "project",
+    [
+        lambda lam: lam["x"],
+        lambda lam: {**lam, "y": lam["x"]},
+        lambda lam: {"x": lam["x"][:1]},
+        lambda lam: {"x": lam["x"].astype(jnp.float32)},
+        lambda lam: None,
+    ],
+    ids=["leaf", "more", "shape", "dtype", "none"],
+)
+def test_a_projection_that_changes_the_structure_is_refused_with_both(project):
+    def phi(w, lam):
+        return 0.5 * w + lam["x"]
+
+    hypergrad = fg.hypergradient(to_three, phi, fg.picard(phi, num_steps=3), fg.aid(fg.dense()))
+    loop = fg.bilevel(hypergrad, optax.sgd(0.1), project=project)
+    state = loop.init(jnp.zeros(2), {"x": jnp.ones(2)})
+    with pytest.raises(TypeError, match=r"`project\(lam\)` must have .*\n.*{'x': float64\[2\]}"):
+        fg.run(loop, state, num_steps=1)
+
+
+# Stopping.
+
+
+def below(record):
+    return record.value < 1e-2
+
+
+STOPPING = fg.bilevel(of_halved(start=fg.warm()), optax.sgd(0.05, momentum=0.5))
+
+
+def stopping_start():
+    return STOPPING.init(jnp.zeros(2), jnp.array([1.0, -2.0]))
+
+
+def test_rows_after_an_early_stop_are_blank_and_the_state_is_that_of_the_step_that_stopped():
+    start = stopping_start()
+    state, history = fg.run(STOPPING, start, num_steps=40, stop=below)
+    n = int(state.num_steps)
+    assert 5 < n < 35
+    assert bool(state.stopped)
+    np.testing.assert_array_equal(history.taken, np.arange(40) < n)
+    np.testing.assert_array_equal(history.value < 1e-2, np.arange(40) == n - 1)
+    for rows in history:
+        blank = np.nan if jnp.issubdtype(rows.dtype, jnp.floating) else 0
+        np.testing.assert_array_equal(rows[n:], np.full(40 - n, blank, rows.dtype))
+        assert not np.any(np.isnan(rows[:n]))
+    # A loop that was never to stop, after as many steps.
+    straight, rows = fg.run(STOPPING, start, num_steps=n)
+    chex.assert_trees_all_close(
+        state._replace(stopped=straight.stopped), straight, rtol=2**6 * EPS, atol=2**6 * EPS
+    )
+    taken = jax.tree.map(lambda x: x[:n], history)
+    chex.assert_trees_all_close(taken, rows, rtol=2**6 * EPS, atol=2**6 * EPS)
+
+
+def test_a_stopped_loop_takes_no_further_step():
+    stopped, _ = fg.run(STOPPING, stopping_start(), num_steps=40, stop=below)
+    state, history = fg.run(STOPPING, stopped, num_steps=3)
+    chex.assert_trees_all_equal(state, stopped, strict=True)
+    assert not np.any(history.taken)
+
+
+def test_a_rule_that_never_holds_stops_nothing():
+    state, history = fg.run(
+        STOPPING, stopping_start(), num_steps=4, stop=lambda record: record.value < 0
+    )
+    assert not bool(state.stopped)
+    assert np.all(history.taken)
+
+
+@pytest.mark.parametrize("stop", [None, below], ids=["to the end", "early"])
+def test_chunks_give_the_same_bits_as_one_run(stop):
+    whole = fg.run(STOPPING, stopping_start(), num_steps=40, stop=stop)
+    state, chunks = stopping_start(), []
+    for _ in range(4):
+        state, history = fg.run(STOPPING, state, num_steps=10, stop=stop)
+        chunks.append(history)
+    history = jax.tree.map(lambda *rows: jnp.concatenate(rows), *chunks)
+    assert bool(state.stopped) == (stop is not None)
+    chex.assert_trees_all_equal((state, history), whole, strict=True)
+
+
+def test_a_second_run_of_the_same_shapes_traces_nothing():
+    phi, outer, stop = Counter(halved), Counter(to_three), Counter(below)
+    hypergrad = fg.hypergradient(
+        outer, phi, fg.picard(phi, num_steps=5), fg.aid(fg.cg(num_steps=2)), start=fg.warm()
+    )
+    loop = fg.bilevel(hypergrad, optax.sgd(0.1, momentum=0.9))
+    # From Python numbers, which are weakly typed: what comes back is not.
+    state, _ = fg.run(loop, loop.init(0.0, 1.0), num_steps=3, stop=stop)
+    traced = phi.calls, outer.calls, stop.calls
+    assert min(traced) > 0
+    for _ in range(2):
+        state, _ = fg.run(loop, state, num_steps=3, stop=stop)
+    assert (phi.calls, outer.calls, stop.calls) == traced
+    fg.run(loop, state, num_steps=4, stop=stop)
+    assert phi.calls > traced[0]
+
+
+def test_phi_is_traced_as_often_for_many_outer_steps_as_for_few():
+    def traces(num_steps):
+        phi = Counter(halved)
+        hypergrad = fg.hypergradient(to_three, phi, fg.picard(phi, num_steps=5), fg.itd())
+        loop = fg.bilevel(hypergrad, optax.sgd(0.1))
+        state = loop.init(0.0, 1.0)
+        before = phi.calls
+        fg.run(loop, state, num_steps=num_steps)
+        return phi.calls - before
+
+    assert 0 < traces(1) == traces(50) <= 8
+
+
+# Failures.
+
+
+def growing(w, lam):
+    """Φ with w(λ) = 1/(1 − λ), a contraction for |λ| < 1 alone."""
+    return lam * w + 1.0
+
+
+def failing_loop(**settings):
+    # f = −1/(1 − λ) draws λ beyond 1, where the lower level diverges.
+    hypergrad = fg.hypergradient(
+        lambda w, _: -jnp.sum(w),
+        growing,
+        fg.picard(growing, max_steps=100, rtol=1e-9),
+        fg.aid(fg.dense()),
+        start=fg.warm(),
+        **settings,
+    )
+    return fg.bilevel(hypergrad, optax.sgd(0.1, momentum=0.1))
+
+
+def test_a_hypergradient_that_is_not_finite_moves_nothing_and_stops():
+    loop = failing_loop()
+    start = loop.init(0.0, 0.0)
+    state, history = fg.run(loop, start, num_steps=12)
+    n = int(state.num_steps)
+    assert 3 <= n < 12
+    assert bool(state.stopped)
+    np.testing.assert_array_equal(history.taken, np.arange(12) < n)
+    # The step that failed is shown, ...
+    np.testing.assert_array_equal(np.isnan(history.gradient_norm), np.arange(12) >= n - 1)
+    assert Status(int(state.hypergrad.info.lower.status)) == Status.DIVERGED
+    # ... and λ, momentum and what warm starts remember are those before it.
+    good, _ = fg.run(loop, start, num_steps=n - 1)
+    assert not bool(good.stopped)
+    assert 1.0 < float(state.lam) < 10.0
+    before = good.lam, good.optimizer, good.hypergrad.memory
+    after = state.lam, state.optimizer, state.hypergrad.memory
+    chex.assert_trees_all_close(after, before, rtol=2**6 * EPS)
+
+
+def test_a_first_hypergradient_that_is_not_finite_leaves_the_starting_point():
+    loop = failing_loop()
+    start = loop.init(0.0, 2.0)
+    state, history = fg.run(loop, start, num_steps=3)
+    chex.assert_trees_all_equal((state.lam, state.optimizer), (start.lam, start.optimizer))
+    np.testing.assert_array_equal(history.taken, [True, False, False])
+
+
+def test_a_failure_that_is_to_be_ignored_does_not_stop():
+    loop = failing_loop(on_failure="ignore")
+    state, history = fg.run(loop, loop.init(0.0, 1.1), num_steps=2)
+    assert not bool(state.stopped)
+    assert np.all(np.isfinite(history.gradient_norm))
+
+
+# Many loops at once.
+
+
+def test_vmap_over_starting_points_equals_one_run_each():
+    lams = jnp.array([[1.0, -2.0], [1.4, 1.5], [1.5, 40.0]])
+
+    def descend(lam):
+        start = STOPPING.init(jnp.zeros(2), lam)
+        return fg.run(STOPPING, start, num_steps=30, stop=below)
+
+    states, histories = jax.jit(jax.vmap(descend))(lams)
+    # Each stops on its own: at different steps.
+    assert len(set(map(int, states.num_steps))) == 3
+    for i, lam in enumerate(lams):
+        got = jax.tree.map(lambda x, i=i: x[i], (states, histories))
+        chex.assert_trees_all_close(got, descend(lam), rtol=2**10 * EPS, atol=2**10 * EPS)
+
+
+def test_one_loop_that_fails_stops_alone():
+    loop = failing_loop()
+    start = jax.vmap(loop.init, in_axes=(None, 0))(0.0, jnp.array([-3.0, 0.0]) + 0.5)
+    states, histories = jax.vmap(lambda s: fg.run(loop, s, num_steps=2))(start)
+    np.testing.assert_array_equal(states.stopped, [True, False])
+    assert float(states.lam[0]) == -2.5
+    assert np.all(np.isfinite(histories.gradient_norm[1]))
+
+
+# What the hypergradient may be.
+
+
+def tolerant(start):
+    solver = fg.picard(ROOT.phi, max_steps=200, rtol=1e-9)
+    estimator = fg.aid(fg.fp(max_steps=200, rtol=1e-9))
+    return fg.bilevel(
+        fg.hypergradient(ROOT.outer, ROOT.phi, solver, estimator, start=start), optax.sgd(1e-2)
+    )
+
+
+def test_warm_starts_need_fewer_steps_from_the_second_outer_step_on():
+    loops = tolerant(fg.cold()), tolerant(fg.warm())
+    (_, cold), (state, warm) = (
+        fg.run(loop, loop.init(ROOT.w0, ROOT.lam), num_steps=5) for loop in loops
+    )
+    for name in ("lower_steps", "linear_steps"):
+        without, with_ = getattr(cold, name), getattr(warm, name)
+        assert int(without[0]) == int(with_[0])
+        assert np.all(with_[1:] < without[1:])
+    np.testing.assert_allclose(warm.value, cold.value, rtol=1e-7)
+    chex.assert_trees_all_equal(state.hypergrad.memory, (state.hypergrad.w, state.hypergrad.v))
+
+
+NONLINEAR = PROBLEM["nonlinear"]
+
+
+def rough(**settings):
+    """Five steps of either stage, as a plain hypergradient of `NONLINEAR`."""
+    solver, estimator = fg.picard(NONLINEAR.phi, num_steps=8), fg.aid(fg.fp(num_steps=8))
+    return fg.hypergradient(NONLINEAR.outer, NONLINEAR.phi, solver, estimator, **settings)
+
+
+def descent(hypergrad, num_steps=4):
+    loop = fg.bilevel(hypergrad, optax.sgd(0.05, momentum=0.5))
+    return fg.run(loop, loop.init(NONLINEAR.w0, NONLINEAR.lam), num_steps=num_steps)
+
+
+def test_certified_descends_as_without_and_its_certificate_is_of_the_last_step():
+    plain, rows = descent(rough())
+    state, history = descent(fg.certified(rough()))
+    assert_close(state.lam, plain.lam, 2**8 * EPS)
+    np.testing.assert_allclose(history.value, rows.value, rtol=2**8 * EPS)
+    certificate = state.hypergrad.certificate
+    assert bool(certificate.valid)
+    before, _ = descent(rough(), num_steps=3)
+    error = jnp.linalg.norm(certificate.gradient - NONLINEAR.gradient(before.lam))
+    assert error <= certificate.error < 10 * error
+    np.testing.assert_allclose(
+        jnp.linalg.norm(certificate.gradient), history.gradient_norm[-1], rtol=2**8 * EPS
+    )
+
+
+def test_a_certificate_every_third_step_is_kept_in_between():
+    of = [descent(fg.certified(rough(), every=3), n)[0].hypergrad.certificate for n in (3, 4, 6)]
+    every = [descent(fg.certified(rough()), n)[0].hypergrad.certificate for n in (1, 4)]
+    for got, want in zip(of, [every[0], every[1], every[1]], strict=True):
+        np.testing.assert_allclose(got.error, want.error, rtol=1e-6)
+        assert_close(got.gradient, want.gradient, 2**8 * EPS)
+
+
+def test_polished_follows_the_exact_descent_closer_than_without():
+    exact, _ = descent(hypergrad_of(NONLINEAR, fg.aid(fg.dense())))
+    plain, _ = descent(rough())
+    state, _ = descent(fg.polished(rough()))
+    error = jnp.linalg.norm(plain.lam - exact.lam)
+    assert error > 1e-4
+    assert jnp.linalg.norm(state.lam - exact.lam) < 0.1 * error
+
+
+def test_an_adaptive_hypergradient_follows_the_exact_descent_within_its_tolerance():
+    hypergrad = fg.adaptive_hypergradient(NONLINEAR.outer, NONLINEAR.phi, rtol=1e-6)
+    exact, rows = descent(hypergrad_of(NONLINEAR, fg.aid(fg.dense())))
+    state, history = descent(hypergrad)
+    assert_close(state.lam, exact.lam, 1e-5)
+    np.testing.assert_allclose(history.value, rows.value, rtol=1e-5)
+    assert float(state.hypergrad.certificate.relative_error) < 1e-6
+    # Later updates start from the w and v of the last one.
+    products = history.lower_steps + history.linear_steps
+    assert np.all(products[1:] <= products[0])
+
+
+@pytest.mark.parametrize("transform", [fg.certified, fg.polished], ids=["certified", "polished"])
+def test_a_transformed_hypergradient_in_the_loop_takes_data(transform):
+    def phi(w, lam, shift, *, scale):
+        return 0.5 * w + scale * lam + shift
+
+    def outer(w, lam, shift, *, scale):
+        return 0.5 * jnp.sum((w - 2.0 * shift) ** 2) + 0.0 * scale * jnp.sum(lam)
+
+    hypergrad = fg.hypergradient(outer, phi, fg.picard(phi, num_steps=60), fg.aid(fg.dense()))
+    loop = fg.bilevel(transform(hypergrad), optax.sgd(0.1))
+    lam, data = jnp.ones(2), (jnp.array([3.0, 4.0]),)
+    state = loop.init(jnp.zeros(2), lam, *data, scale=0.5)
+    state, _ = fg.run(loop, state, *data, scale=0.5, num_steps=3)
+    # w = λ + 2 shift, f = ½‖λ‖².
+    assert_close(state.lam, 0.9**3 * lam, 2**6 * EPS)
+
+
+# What rides along in λ.
+
+
+@pytest.mark.parametrize(
+    "optimizer", [optax.sgd(0.05, momentum=0.5), optax.adam(0.1)], ids=["sgd", "adam"]
+)
+@pytest.mark.parametrize("project", [False, True], ids=["free", "projected"])
+@pytest.mark.usefixtures("as_users_run")
+def test_integers_keys_and_none_in_lam_come_out_unchanged_and_the_rest_moves_as_without(
+    optimizer, project, key
+):
+    def phi(w, lam):
+        factor = lam["n"].astype(w.dtype) * jnp.where(lam["on"], 1.0, 0.0)
+        return 0.5 * w + factor * lam["x"] + 0.1 * jax.random.normal(lam["key"], w.shape)
+
+    riders = {
+        "n": jnp.asarray(2, jnp.int8),
+        "on": jnp.asarray(True),
+        "key": key,
+        "raw": jax.random.PRNGKey(3),
+        "none": None,
+        "empty": (),
+    }
+
+    def loop_of(phi, box):
+        hypergrad = fg.hypergradient(
+            to_three, phi, fg.picard(phi, num_steps=60), fg.aid(fg.dense()), start=fg.warm()
+        )
+        return fg.bilevel(hypergrad, optimizer, project=box if project else None)
+
+    def box(lam):
+        return {**lam, "x": jnp.minimum(lam["x"], 0.7)}
+
+    x = jnp.array([0.1, 0.2])
+    loop = loop_of(phi, box)
+    got, history = fg.run(loop, loop.init(jnp.zeros(2), {"x": x, **riders}), num_steps=6)
+    alone = loop_of(lambda w, lam: phi(w, {**lam, **riders}), box)
+    want, rows = fg.run(alone, alone.init(jnp.zeros(2), {"x": x}), num_steps=6)
+
+    assert_close(got.lam["x"], want.lam["x"], 2**6 * EPS)
+    np.testing.assert_allclose(history.value, rows.value, rtol=2**6 * EPS)
+    np.testing.assert_allclose(history.gradient_norm, rows.gradient_norm, rtol=2**6 * EPS)
+    rest = {name: leaf for name, leaf in got.lam.items() if name != "x"}
+    assert jax.tree.structure(rest) == jax.tree.structure(riders)
+    for name in ("n", "on", "raw"):
+        assert rest[name].dtype == riders[name].dtype
+        np.testing.assert_array_equal(rest[name], riders[name])
+    assert rest["key"].dtype == key.dtype
+    assert rest["key"] == key
+
+
+def test_python_integers_in_lam_do_not_trace_again():
+    def phi(w, lam):
+        return 0.5 * w + lam["x"] * lam["n"].astype(w.dtype)
+
+    counted = Counter(phi)
+    hypergrad = fg.hypergradient(
+        to_three, counted, fg.picard(counted, num_steps=5), fg.aid(fg.dense())
+    )
+    loop = fg.bilevel(hypergrad, optax.sgd(0.1))
+    state, _ = fg.run(loop, loop.init(0.0, {"x": 1.0, "n": 2}), num_steps=2)
+    traced = counted.calls
+    state, _ = fg.run(loop, state, num_steps=2)
+    assert counted.calls == traced > 0
+    assert int(state.lam["n"]) == 2
+
+
+@pytest.mark.parametrize("transform", [fg.certified, fg.polished], ids=["certified", "polished"])
+def test_integers_ride_along_where_the_hypergradient_is_transformed(transform):
+    def phi(w, lam):
+        return 0.5 * w + lam["x"] * lam["n"].astype(w.dtype)
+
+    solver, estimator = fg.picard(phi, num_steps=60), fg.aid(fg.dense())
+    loop = fg.bilevel(
+        transform(fg.hypergradient(to_three, phi, solver, estimator)), optax.sgd(0.05)
+    )
+    state, _ = fg.run(loop, loop.init(0.0, {"x": 0.0, "n": jnp.asarray(1)}), num_steps=2)
+    # f = ½(2x − 3)²: x ← x − 0.05 (4x − 6).
+    np.testing.assert_allclose(state.lam["x"], 1.5 * (1 - 0.8**2), rtol=2**6 * EPS)
+    assert state.lam["n"].dtype == jnp.int64
+    assert int(state.lam["n"]) == 1
+
+
+def test_integers_ride_along_where_the_hypergradient_is_adaptive():
+    def phi(w, lam):
+        return 0.5 * w + lam["x"] * lam["n"].astype(w.dtype)
+
+    loop = fg.bilevel(fg.adaptive_hypergradient(to_three, phi, rtol=1e-9), optax.sgd(0.05))
+    state, _ = fg.run(loop, loop.init(0.0, {"x": 0.0, "n": jnp.asarray(1)}), num_steps=2)
+    np.testing.assert_allclose(state.lam["x"], 1.5 * (1 - 0.8**2), rtol=1e-8)
+    assert int(state.lam["n"]) == 1
+
+
+def test_a_complex_lam_descends():
+    # f = |2λ − (3 + 2i)|², steepest along the conjugate of JAX's gradient.
+    def outer(w, lam):
+        del lam
+        return jnp.sum(jnp.abs(w - (3.0 + 2.0j)) ** 2)
+
+    hypergrad = fg.hypergradient(outer, halved, fg.picard(halved, num_steps=60), fg.aid(fg.dense()))
+    loop = fg.bilevel(hypergrad, optax.sgd(0.1))
+    state, history = fg.run(loop, loop.init(0j, 0j), num_steps=20)
+    assert np.all(np.diff(history.value) < 0)
+    assert_close(state.lam, jnp.asarray(1.5 + 1.0j), 1e-6)
