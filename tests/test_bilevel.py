@@ -15,7 +15,7 @@ from fixedgrad import Status
 from problems import ESTIMATORS, PROBLEM, PROBLEMS, assert_close, matrix, named, single, solver_of
 
 EPS = float(jnp.finfo(jnp.float64).eps)
-ROOT = PROBLEM["square root"]
+RIDGE, ROOT = PROBLEM["ridge"], PROBLEM["square root"]
 
 
 @pytest.fixture
@@ -93,10 +93,10 @@ def by_hand(hypergrad, optimizer, w0, lam, *args, num_steps, project=lambda lam:
 )
 @pytest.mark.usefixtures("as_users_run")
 def test_the_loop_equals_update_and_optimiser_by_hand(optimizer):
-    hypergrad = hypergrad_of(ROOT, fg.aid(fg.cg(num_steps=3)), start=fg.warm())
+    hypergrad = hypergrad_of(RIDGE, fg.aid(fg.cg(num_steps=3)), start=fg.warm())
     loop = fg.bilevel(hypergrad, optimizer)
-    state, history = fg.run(loop, loop.init(ROOT.w0, ROOT.lam), num_steps=12)
-    lams, values, norms = by_hand(hypergrad, optimizer, ROOT.w0, ROOT.lam, num_steps=12)
+    state, history = fg.run(loop, loop.init(RIDGE.w0, RIDGE.lam), num_steps=12)
+    lams, values, norms = by_hand(hypergrad, optimizer, RIDGE.w0, RIDGE.lam, num_steps=12)
     # Rounding alone, which twelve steps and the optimiser's own quotients amplify.
     assert_close(state.lam, lams[-1], 2**8 * EPS)
     assert_close((history.value, history.gradient_norm), (values, norms), 2**8 * EPS)
@@ -171,7 +171,7 @@ def test_data_reach_objective_map_and_solver_as_arguments_and_by_name():
 
 @pytest.mark.parametrize(("t", "k"), [(3, 5), (6, 2)])
 def test_a_record_is_what_the_formulas_say(t, k):
-    # From 0, w = 2λ(1 − 2⁻ᵗ). With b = w − 3, v = Σ_{i<k} 2⁻ⁱ b = 2(1 − 2⁻ᵏ)b is also ĝ. All exact but λ.
+    # From 0, w = 2λ(1 − 2⁻ᵗ). With b = w − 3, v = Σ_{i<k} 2⁻ⁱ b = 2(1 − 2⁻ᵏ)b, which is also ĝ.
     loop = fg.bilevel(of_halved(fg.aid(fg.fp(num_steps=k)), num_steps=t), optax.sgd(0.1))
     lam = jnp.array([1.0, -2.0])
     state, history = fg.run(loop, loop.init(jnp.zeros(2), lam), num_steps=2)
@@ -262,12 +262,12 @@ def test_a_flattened_state_goes_on_with_the_same_bits():
 def test_a_state_saved_by_orbax_goes_on_with_the_same_bits(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     loop = fg.bilevel(hypergrad_of(ROOT, fg.aid(fg.dense()), start=fg.warm()), optax.adam(0.1))
-    counted_start = loop.init(ROOT.w0, ROOT.lam)
-    middle, _ = fg.run(loop, counted_start, num_steps=3)
+    start = loop.init(ROOT.w0, ROOT.lam)
+    middle, _ = fg.run(loop, start, num_steps=3)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", middle)
         checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", counted_start)
+        restored = checkpointer.restore(tmp_path / "state", start)
     chex.assert_trees_all_equal(restored, middle, strict=True)
     chex.assert_trees_all_equal(
         fg.run(loop, restored, num_steps=3), fg.run(loop, middle, num_steps=3), strict=True
@@ -286,10 +286,10 @@ def test_every_iterate_lies_in_the_box_and_the_last_is_the_constrained_minimum()
     for _ in range(60):
         state, _ = fg.run(loop, state, num_steps=1)
         lams.append(state.lam)
-    assert np.all((low <= np.stack(lams)) & (np.stack(lams) <= high))
+    assert all(jnp.all((low <= lam) & (lam <= high)) for lam in lams)
     # The minimum is at 3/2 in every coordinate: above, inside and inside the three intervals.
     assert_close(state.lam, jnp.array([1.0, 1.5, 1.5]), 1e-6)
-    assert np.any(np.stack(lams)[:, 1] == 0.5) or np.any(np.stack(lams)[:, 2] == 1.0)
+    assert any(float(lam[2]) == 1.0 for lam in lams)  # Overshot, and held.
 
 
 @pytest.mark.usefixtures("as_users_run")
@@ -470,10 +470,11 @@ def test_a_first_hypergradient_that_is_not_finite_leaves_the_starting_point():
 
 
 def test_a_failure_that_is_to_be_ignored_does_not_stop():
-    loop = failing_loop(on_failure="ignore")
-    state, history = fg.run(loop, loop.init(0.0, 1.1), num_steps=2)
-    assert not bool(state.stopped)
-    assert np.all(np.isfinite(history.gradient_norm))
+    # At 0.95 the solver is 6e-3 short of its tolerance after its hundred steps.
+    for on_failure, stops in (("nan", True), ("ignore", False)):
+        loop = failing_loop(on_failure=on_failure)
+        state, history = fg.run(loop, loop.init(0.0, 0.95), num_steps=1)
+        assert bool(state.stopped) == bool(jnp.isnan(history.gradient_norm[0])) == stops
 
 
 # Many loops at once.
@@ -496,7 +497,7 @@ def test_vmap_over_starting_points_equals_one_run_each():
 
 def test_one_loop_that_fails_stops_alone():
     loop = failing_loop()
-    start = jax.vmap(loop.init, in_axes=(None, 0))(0.0, jnp.array([-3.0, 0.0]) + 0.5)
+    start = jax.vmap(loop.init, in_axes=(None, 0))(0.0, jnp.array([-2.5, 0.0]))
     states, histories = jax.vmap(lambda s: fg.run(loop, s, num_steps=2))(start)
     np.testing.assert_array_equal(states.stopped, [True, False])
     assert float(states.lam[0]) == -2.5
@@ -510,7 +511,7 @@ def tolerant(start):
     solver = fg.picard(ROOT.phi, max_steps=200, rtol=1e-9)
     estimator = fg.aid(fg.fp(max_steps=200, rtol=1e-9))
     return fg.bilevel(
-        fg.hypergradient(ROOT.outer, ROOT.phi, solver, estimator, start=start), optax.sgd(1e-2)
+        fg.hypergradient(ROOT.outer, ROOT.phi, solver, estimator, start=start), optax.sgd(1e-3)
     )
 
 
@@ -530,76 +531,104 @@ def test_warm_starts_need_fewer_steps_from_the_second_outer_step_on():
 NONLINEAR = PROBLEM["nonlinear"]
 
 
-def rough(**settings):
-    """Five steps of either stage, as a plain hypergradient of `NONLINEAR`."""
-    solver, estimator = fg.picard(NONLINEAR.phi, num_steps=8), fg.aid(fg.fp(num_steps=8))
-    return fg.hypergradient(NONLINEAR.outer, NONLINEAR.phi, solver, estimator, **settings)
+def rough():
+    """Four steps of either stage, as a plain hypergradient of `NONLINEAR`."""
+    solver, estimator = fg.picard(NONLINEAR.phi, num_steps=4), fg.aid(fg.fp(num_steps=4))
+    return fg.hypergradient(NONLINEAR.outer, NONLINEAR.phi, solver, estimator)
 
 
-def descent(hypergrad, num_steps=4):
+def descent(hypergrad, num_steps=5):
+    """The states after each of `num_steps` runs of one step, and the records stacked."""
     loop = fg.bilevel(hypergrad, optax.sgd(0.05, momentum=0.5))
-    return fg.run(loop, loop.init(NONLINEAR.w0, NONLINEAR.lam), num_steps=num_steps)
+    states, records = [loop.init(NONLINEAR.w0, NONLINEAR.lam)], []
+    for _ in range(num_steps):
+        state, record = fg.run(loop, states[-1], num_steps=1)
+        states.append(state)
+        records.append(record)
+    return states[1:], jax.tree.map(lambda *rows: jnp.concatenate(rows), *records)
 
 
 def test_certified_descends_as_without_and_its_certificate_is_of_the_last_step():
+    # A certificate every third step: renewed by the first and the fourth, kept in between.
     plain, rows = descent(rough())
-    state, history = descent(fg.certified(rough()))
-    assert_close(state.lam, plain.lam, 2**8 * EPS)
+    states, history = descent(fg.certified(rough(), every=3))
+    assert_close(states[-1].lam, plain[-1].lam, 2**8 * EPS)
     np.testing.assert_allclose(history.value, rows.value, rtol=2**8 * EPS)
-    certificate = state.hypergrad.certificate
-    assert bool(certificate.valid)
-    before, _ = descent(rough(), num_steps=3)
-    error = jnp.linalg.norm(certificate.gradient - NONLINEAR.gradient(before.lam))
-    assert error <= certificate.error < 10 * error
-    np.testing.assert_allclose(
-        jnp.linalg.norm(certificate.gradient), history.gradient_norm[-1], rtol=2**8 * EPS
-    )
-
-
-def test_a_certificate_every_third_step_is_kept_in_between():
-    of = [descent(fg.certified(rough(), every=3), n)[0].hypergrad.certificate for n in (3, 4, 6)]
-    every = [descent(fg.certified(rough()), n)[0].hypergrad.certificate for n in (1, 4)]
-    for got, want in zip(of, [every[0], every[1], every[1]], strict=True):
-        np.testing.assert_allclose(got.error, want.error, rtol=1e-6)
-        assert_close(got.gradient, want.gradient, 2**8 * EPS)
+    certificates = [state.hypergrad.certificate for state in states]
+    for i, renewed in enumerate([0, 0, 0, 3, 3]):
+        chex.assert_trees_all_equal(certificates[i], certificates[renewed], strict=True)
+    lams = {0: NONLINEAR.lam, 3: states[2].lam}
+    for i, lam in lams.items():
+        certificate = certificates[i]
+        size = jnp.linalg.norm(certificate.gradient)
+        np.testing.assert_allclose(size, history.gradient_norm[i], rtol=2**8 * EPS)
+        assert bool(certificate.valid)
+        error = jnp.linalg.norm(certificate.gradient - NONLINEAR.gradient(lam))
+        assert error <= certificate.error < 10 * error
 
 
 def test_polished_follows_the_exact_descent_closer_than_without():
-    exact, _ = descent(hypergrad_of(NONLINEAR, fg.aid(fg.dense())))
-    plain, _ = descent(rough())
-    state, _ = descent(fg.polished(rough()))
-    error = jnp.linalg.norm(plain.lam - exact.lam)
-    assert error > 1e-4
-    assert jnp.linalg.norm(state.lam - exact.lam) < 0.1 * error
+    exact, plain, polished = (
+        descent(hypergrad)[0][-1].lam
+        for hypergrad in (
+            hypergrad_of(NONLINEAR, fg.aid(fg.dense())),
+            rough(),
+            fg.polished(rough()),
+        )
+    )
+    error = jnp.linalg.norm(plain - exact)
+    assert error > 1e-5
+    assert jnp.linalg.norm(polished - exact) < 0.1 * error
 
 
 def test_an_adaptive_hypergradient_follows_the_exact_descent_within_its_tolerance():
-    hypergrad = fg.adaptive_hypergradient(NONLINEAR.outer, NONLINEAR.phi, rtol=1e-6)
     exact, rows = descent(hypergrad_of(NONLINEAR, fg.aid(fg.dense())))
-    state, history = descent(hypergrad)
-    assert_close(state.lam, exact.lam, 1e-5)
-    np.testing.assert_allclose(history.value, rows.value, rtol=1e-5)
-    assert float(state.hypergrad.certificate.relative_error) < 1e-6
+    hypergrad = fg.adaptive_hypergradient(NONLINEAR.outer, NONLINEAR.phi, rtol=1e-6)
+    states, history = descent(hypergrad)
+    assert_close(states[-1].lam, exact[-1].lam, 1e-6)
+    np.testing.assert_allclose(history.value, rows.value, rtol=1e-6)
+    assert all(state.hypergrad.certificate.relative_error < 1e-6 for state in states)
     # Later updates start from the w and v of the last one.
     products = history.lower_steps + history.linear_steps
     assert np.all(products[1:] <= products[0])
 
 
-@pytest.mark.parametrize("transform", [fg.certified, fg.polished], ids=["certified", "polished"])
-def test_a_transformed_hypergradient_in_the_loop_takes_data(transform):
-    def phi(w, lam, shift, *, scale):
-        return 0.5 * w + scale * lam + shift
+def _with_data(w, lam, shift, *, scale):
+    return 0.5 * w + scale * lam["x"] * lam["n"].astype(w.dtype) + shift
 
-    def outer(w, lam, shift, *, scale):
-        return 0.5 * jnp.sum((w - 2.0 * shift) ** 2) + 0.0 * scale * jnp.sum(lam)
 
-    hypergrad = fg.hypergradient(outer, phi, fg.picard(phi, num_steps=60), fg.aid(fg.dense()))
-    loop = fg.bilevel(transform(hypergrad), optax.sgd(0.1))
-    lam, data = jnp.ones(2), (jnp.array([3.0, 4.0]),)
-    state = loop.init(jnp.zeros(2), lam, *data, scale=0.5)
-    state, _ = fg.run(loop, state, *data, scale=0.5, num_steps=3)
-    # w = λ + 2 shift, f = ½‖λ‖².
-    assert_close(state.lam, 0.9**3 * lam, 2**6 * EPS)
+def _distance(w, lam, shift, *, scale):
+    del lam, scale
+    return 0.5 * jnp.sum((w - 2.0 * shift) ** 2)
+
+
+_PLAIN = fg.hypergradient(
+    _distance, _with_data, fg.picard(_with_data, num_steps=60), fg.aid(fg.dense())
+)
+
+
+@pytest.mark.parametrize(
+    "hypergrad",
+    [
+        _PLAIN,
+        fg.certified(_PLAIN, linear_solver=lambda _: fg.dense()),
+        fg.polished(_PLAIN, linear_solver=lambda _: fg.dense()),
+        fg.adaptive_hypergradient(
+            _distance, _with_data, rtol=1e-9, linear_solver=lambda _: fg.dense()
+        ),
+    ],
+    ids=["plain", "certified", "polished", "adaptive"],
+)
+def test_data_and_integers_in_lam_reach_every_kind_of_hypergradient(hypergrad):
+    loop = fg.bilevel(hypergrad, optax.sgd(0.1))
+    lam, data = {"x": jnp.ones(2), "n": jnp.asarray(3)}, (jnp.array([3.0, 4.0]),)
+    state = loop.init(jnp.zeros(2), lam, *data, scale=0.25)
+    state, history = fg.run(loop, state, *data, scale=0.25, num_steps=3)
+    # w = 3x/2 + 2 shift, so that f = ½‖3x/2‖² and x shrinks by 1 − 0.1 · 9/4.
+    np.testing.assert_allclose(history.value, 2.25 * 0.775 ** (2 * np.arange(3)), rtol=1e-8)
+    np.testing.assert_allclose(state.lam["x"], 0.775**3 * lam["x"], rtol=1e-8)
+    assert state.lam["n"].dtype == lam["n"].dtype
+    assert int(state.lam["n"]) == 3
 
 
 # What rides along in λ.
@@ -667,32 +696,6 @@ def test_python_integers_in_lam_do_not_trace_again():
     state, _ = fg.run(loop, state, num_steps=2)
     assert counted.calls == traced > 0
     assert int(state.lam["n"]) == 2
-
-
-@pytest.mark.parametrize("transform", [fg.certified, fg.polished], ids=["certified", "polished"])
-def test_integers_ride_along_where_the_hypergradient_is_transformed(transform):
-    def phi(w, lam):
-        return 0.5 * w + lam["x"] * lam["n"].astype(w.dtype)
-
-    solver, estimator = fg.picard(phi, num_steps=60), fg.aid(fg.dense())
-    loop = fg.bilevel(
-        transform(fg.hypergradient(to_three, phi, solver, estimator)), optax.sgd(0.05)
-    )
-    state, _ = fg.run(loop, loop.init(0.0, {"x": 0.0, "n": jnp.asarray(1)}), num_steps=2)
-    # f = ½(2x − 3)²: x ← x − 0.05 (4x − 6).
-    np.testing.assert_allclose(state.lam["x"], 1.5 * (1 - 0.8**2), rtol=2**6 * EPS)
-    assert state.lam["n"].dtype == jnp.int64
-    assert int(state.lam["n"]) == 1
-
-
-def test_integers_ride_along_where_the_hypergradient_is_adaptive():
-    def phi(w, lam):
-        return 0.5 * w + lam["x"] * lam["n"].astype(w.dtype)
-
-    loop = fg.bilevel(fg.adaptive_hypergradient(to_three, phi, rtol=1e-9), optax.sgd(0.05))
-    state, _ = fg.run(loop, loop.init(0.0, {"x": 0.0, "n": jnp.asarray(1)}), num_steps=2)
-    np.testing.assert_allclose(state.lam["x"], 1.5 * (1 - 0.8**2), rtol=1e-8)
-    assert int(state.lam["n"]) == 1
 
 
 def test_a_complex_lam_descends():

@@ -705,9 +705,9 @@ ELSEWHERE = {
     # Modules whose own test files check their messages.
     "adaptive.py",
     "bounds.py",
-    "certificate.py",
+    "certify.py",
     "certified.py",
-    "diagnostics.py",
+    "recommend.py",
     "dual_weighted.py",
     "proved.py",
 }

@@ -15,7 +15,6 @@ solver (`fp`, `cg`, ...), and forms ∇₂E + Bᵀ v. For a contraction with con
 from importlib.metadata import version
 
 from . import bounds as bounds
-from .adaptive import adaptive_hypergradient as adaptive_hypergradient
 from .bilevel import Bilevel as Bilevel
 from .bilevel import BilevelState as BilevelState
 from .bilevel import Record as Record
@@ -23,13 +22,14 @@ from .bilevel import bilevel as bilevel
 from .bilevel import run as run
 from .certificate import Certificate as Certificate
 from .certificate import Reason as Reason
+from .certificate import adaptive_hypergradient as adaptive_hypergradient
+from .certificate import certified as certified
 from .certificate import certify as certify
-from .certified import certified as certified
-from .certified import polished as polished
-from .checks import Check as Check
-from .checks import check as check
+from .certificate import polished as polished
 from .decorator import fixed_point as fixed_point
+from .diagnostics import Check as Check
 from .diagnostics import Recommendation as Recommendation
+from .diagnostics import check as check
 from .diagnostics import recommend as recommend
 from .estimators import aid as aid
 from .estimators import forward as forward

@@ -12,8 +12,8 @@ Python numbers give Python floats, in double precision. A JAX array in any place
 the bounds on the host, not under jit. Known values are validated; traced ones cannot be.
 
 Cost: a few operations on scalars. Φ and E are never evaluated: what holds of them, the caller says.
-When not to use it: for the error of a hypergradient that was computed, which `certify` estimates
-where it stands; these are the worst cases over a ball, and mostly far above it.
+When not to use them: for the error of a hypergradient that was computed. These are worst cases over
+a ball, before the computation; `certify` estimates the error at the w and v at hand.
 
 References:
     R. Grazzi, L. Franceschi, M. Pontil, S. Salzo, "On the Iteration Complexity of Hypergradient
@@ -74,9 +74,9 @@ class Coefficients(NamedTuple):
     """c₁(λ), c₂(λ), c₃(λ) of Theorem 2.1, made by `constants`.
 
     Attributes:
-        c1: The factor of ‖w_t − w‖/D that ∇₁E and ∇₂E cause.
-        c2: The factor that ∂₁Φ and ∂₂Φ cause, times t/q, 1/(1−q) or (1−qᵏ)/(1−q).
-        c3: The factor of the recursion that is cut short, L_E L_Φ/(1−q).
+        c1: The factor of ρ(t), or qᵗ, from ∇₁E and ∇₂E at w_t.
+        c2: The same from ∂₁Φ and ∂₂Φ, to be multiplied by t/q, 1/(1−q) or (1−qᵏ)/(1−q).
+        c3: The factor of σ(k), or qᵗ, from the recursion that is cut short.
     """
 
     c1: Real
@@ -363,7 +363,8 @@ def aid_fp(t: Real, k: Real, c: Constants, *, rho: Rate = fp_rate) -> Real:
         The bound, a float, or an array where an argument is one.
 
     Raises:
-        ValueError: `t` or `k` is negative, `rho` gives a value outside [0, 1], or `c` has a `q` outside (0, 1) or another bad constant.
+        ValueError: `t` or `k` is negative, `rho` gives a value outside [0, 1], or `c` has a `q`
+            outside (0, 1) or another bad constant.
 
     >>> c = contraction_constants(q=0.5, D=1, L_E=2, L_Phi=1, nu1=1, nu2=0, eta1=1, eta2=0)
     >>> aid_fp(2, 2, c), aid_fp(2, 2, c, rho=lambda t, c: 0.0)
@@ -383,8 +384,8 @@ def itd_steps(tol: float, c: Constants) -> int:
 
     Assumed, not checked: what `itd` assumes.
     Cost: about 2 log₂ t evaluations of the bound, on the host.
-    When not to use it: to choose `num_steps` where t products are dear; a tolerance on the residual
-    ends as soon as the iterates are good, the bound after the worst case.
+    When not to use it: where a tolerance can stop the solver, as everywhere but in reverse mode of
+    `itd`. It ends when the iterates are good; t steps are for the worst case.
 
     Args:
         tol: absolute tolerance on the hypergradient, > 0.
@@ -434,7 +435,7 @@ def cg_steps(tol: float, kappa: float) -> int:
 
     Assumed, not checked: what `cg_rate` assumes.
     Cost: about 2 log₂ k evaluations of the rate, on the host.
-    When not to use it: as the `num_steps` of a `cg` that could have a tolerance; see `itd_steps`.
+    When not to use it: see `itd_steps`.
 
     Args:
         tol: relative tolerance, on ‖v_k − v‖/‖v‖, > 0.
@@ -458,7 +459,7 @@ def aid_cg_steps(tol: float, c: Constants, kappa: float) -> tuple[int, int]:
     """The (t, k) of least t + k, then t, with `aid(fp_rate(t, c), cg_rate(k, kappa), c)` ≤ `tol`.
 
     Assumed, not checked: what `aid` and `cg_rate` assume; κ that of I − ∂₁Φ at every w_t.
-    Cost: a search over t that evaluates the bound about k times, on the host: seconds at κ = 10⁸.
+    Cost: up to about 2k evaluations of the bound, on the host: seconds at κ = 10⁸.
     When not to use it: see `itd_steps`.
 
     Args:

@@ -16,9 +16,11 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
     """A direct solve: I − M as a matrix, by products with blocks of unit vectors, then LU.
 
     Cost: d products, in blocks of `block_size` (a blocked product costs a small fraction of single
-    ones), and ⅔ d³ operations. Memory: d² numbers (2d counted real where w is complex).
-    Nearly always right for d ≤ 64, often up to d ≈ 2000. Not for large d: refused at `max_size`.
+    ones), one more for the residual, and ⅔ d³ operations. Memory: 2 d² numbers, the matrix and its
+    factors (for complex w with 2d in the place of d).
+    Nearly always right for d ≤ 64, often up to d ≈ 2000. Not for large d: refused above `max_size`.
     Nor for an x that is sharded in its type (an explicit mesh).
+    Assumed, not checked: `matvec` works under `vmap`, by which a block of products is taken.
 
     Args:
         max_size: The largest number of real unknowns that is accepted.
@@ -36,6 +38,10 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
     >>> x, info = dense()(lambda v: m @ v, jnp.array([1.0, 0.0]))
     >>> jnp.round(x, 12)
     Array([ 0.8, -0.4], dtype=float64)
+
+    References:
+        Golub, Van Loan, Matrix Computations, 4th edition, 2013, section 3.4 (LU with pivoting) and
+        3.5 (its accuracy).
     """
     check_count("dense", "max_size", max_size)
     check_count("dense", "block_size", block_size)
@@ -69,6 +75,16 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
 def from_lineax(solver: Any) -> LinearSolver:
     """Any solver of the package lineax, such as `lineax.GMRES(1e-6, 1e-6)`, as a `LinearSolver`.
 
+    lineax gets I − M as a `FunctionLinearOperator` of real leaves.
+
+    Cost: the solver's products, and two more, for the residuals of the start and of the result.
+    Memory: the solver's.
+    Not for solvers that need to be told a structure, such as `lineax.Cholesky` or `lineax.Diagonal`:
+    the operator has no tags, and lineax refuses. Nor where Φ holds collectives in a `shard_map`, which
+    JAX refuses. Where one of `fp`, `cg`, `gmres`, `bicgstab`, `dense` will do, its status says more.
+    Assumed, not checked: for `lineax.CG`, that I − M is positive semidefinite, as it is tagged then;
+    only the residual of the result is looked at.
+
     Args:
         solver: A `lineax.AbstractLinearSolver` for square operators.
 
@@ -77,8 +93,20 @@ def from_lineax(solver: Any) -> LinearSolver:
         is not called solved; the residual is computed here.
 
     Raises:
-        ImportError: Where lineax is not installed.
+        ImportError: Where lineax is not installed; the extra `lineax` installs it.
         TypeError: `solver` is not a solver of lineax.
+
+    >>> import jax.numpy as jnp
+    >>> import lineax  # The extras `lineax` and `test` install it.
+    >>> m = jnp.array([[0.0, 0.5], [-0.5, 0.0]])
+    >>> solver = from_lineax(lineax.GMRES(rtol=1e-9, atol=1e-9))
+    >>> x, info = solver(lambda v: m @ v, jnp.array([1.0, 0.0]))
+    >>> jnp.round(x, 8)
+    Array([ 0.8, -0.4], dtype=float64)
+
+    References:
+        Rader, Lyons, Kidger, Lineax: unified linear solves and linear least-squares in JAX and
+        Equinox, 2023.
     """
     import lineax  # An optional package, needed by nobody else.
 

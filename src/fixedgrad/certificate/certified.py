@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from .certificate import Certificate, certify
-from .hypergradient import Hypergradient, HypergradientState
-from .packing import blank, eval_shape
-from .realify import norm
-from .types import PyTree, check_count
+from ..hypergradient import Hypergradient, HypergradientState
+from ..packing import blank, eval_shape
+from ..realify import norm
+from ..types import PyTree, check_count
+from .certify import Certificate, certify
 
 tree = optax.tree
 

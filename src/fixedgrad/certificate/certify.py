@@ -13,7 +13,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .bounds import Constants
+from ..bounds import Constants
+from ..packing import partition
+from ..realify import norm
+from ..types import (
+    LinearSolver,
+    Outer,
+    Phi,
+    PyTree,
+    Scalar,
+    check_number,
+    check_same,
+)
 from .dual_weighted import (
     Packed,
     Products,
@@ -24,18 +35,7 @@ from .dual_weighted import (
     refine,
     solve_v,
 )
-from .packing import partition
 from .proved import bound
-from .realify import norm
-from .types import (
-    LinearSolver,
-    Outer,
-    Phi,
-    PyTree,
-    Scalar,
-    check_number,
-    check_same,
-)
 
 tree = optax.tree
 

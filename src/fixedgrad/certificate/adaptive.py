@@ -8,7 +8,26 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from .certificate import Certificate, assess
+from ..failure import check_on_failure, enforce
+from ..hypergradient import Hypergradient, HypergradientInfo, HypergradientState, check_state
+from ..packing import blank, check_arrays, eval_shape, partition, strongly_typed, zeros_like_inexact
+from ..realify import norm
+from ..types import (
+    LinearSolver,
+    OnFailure,
+    Outer,
+    Phi,
+    PyTree,
+    Scalar,
+    Status,
+    check_callable,
+    check_count,
+    check_number,
+    is_failure,
+    solve_info,
+    status_where,
+)
+from .certify import Certificate, assess
 from .dual_weighted import (
     Packed,
     Products,
@@ -19,32 +38,10 @@ from .dual_weighted import (
     pack,
     single,
 )
-from .failure import check_on_failure, enforce
-from .hypergradient import Hypergradient, HypergradientInfo, HypergradientState, check_state
-from .packing import blank, check_arrays, eval_shape, partition, strongly_typed, zeros_like_inexact
-from .realify import norm, resolution
-from .types import (
-    LinearSolver,
-    OnFailure,
-    Outer,
-    Phi,
-    PyTree,
-    Scalar,
-    SolveInfo,
-    Status,
-    check_callable,
-    check_count,
-    check_number,
-    failed,
-    is_failure,
-    solve_info,
-    status_where,
-)
+from .newton import LOOSE, newton_krylov, products_of
 
 tree = optax.tree
 
-_PLAIN_STEPS = 10  # Steps of Φ where a Newton step does not bring the residual down.
-_LOOSE = 0.1  # Tolerance of the solves in an estimate, and of a Newton step far from the goal.
 _MAX_ROUNDS = 20
 
 
@@ -118,7 +115,7 @@ def adaptive_hypergradient(
         def like() -> Certificate:
             return assess(
                 packed,
-                single(packed, dual_weighted(packed, w, v, linear_solver, _LOOSE, split=False)),
+                single(packed, dual_weighted(packed, w, v, linear_solver, LOOSE, split=False)),
                 None,
                 safety,
             )
@@ -134,12 +131,12 @@ def adaptive_hypergradient(
         # At first to relative residuals of half the tolerance: where A is well conditioned this is
         # enough, and one round will do.
         goal = jnp.asarray(rtol, dtype)
-        goal = jnp.where(s.rounds == 0, 0.5 * jnp.where(goal > 0, goal, _LOOSE), 0.0)
+        goal = jnp.where(s.rounds == 0, 0.5 * jnp.where(goal > 0, goal, LOOSE), 0.0)
         w, spent = newton_krylov(
             packed, s.w, s.tau_w, s.products, linear_solver, max_products, goal
         )
         v, spent = _bring_down(packed, w, s.v, s.tau_v, spent, linear_solver, goal)
-        p = dual_weighted(packed, w, v, linear_solver, _LOOSE, split=False)
+        p = dual_weighted(packed, w, v, linear_solver, LOOSE, split=False)
         c = single(packed, p)
         spent = jax.tree.map(jnp.add, spent, c.products)
         certificate = assess(packed, c, None, safety)._replace(products=spent)
@@ -157,7 +154,7 @@ def adaptive_hypergradient(
         share_w, share_v = theta * share, (1 - theta) * share
         shrink_w = jnp.minimum(0.5, share_w / jnp.maximum(certificate.lower_part, share_w))
         shrink_v = jnp.minimum(0.9, share_v / jnp.maximum(certificate.linear_part, share_v))
-        shrink_w = jnp.where(certificate.valid, shrink_w, _LOOSE)
+        shrink_w = jnp.where(certificate.valid, shrink_w, LOOSE)
         shrink_v = jnp.where(certificate.valid, shrink_v, 1.0)
         # The pass has already brought (w, v) to (w⁺, v⁺).
         improved = (c.left_w <= 0.5) & jnp.isfinite(certificate.error)
@@ -230,63 +227,6 @@ class _Round(NamedTuple):
     stuck: jax.Array
 
 
-class _Newton(NamedTuple):
-    """The carry of Newton–Krylov: a point to be judged, the last one accepted and its residual norm."""
-
-    w: PyTree
-    before: PyTree
-    size: jax.Array
-    proposed: jax.Array
-    met: jax.Array
-    spent: Products
-
-
-def newton_krylov(
-    packed: Packed,
-    w: PyTree,
-    tau: jax.Array,
-    spent: Products,
-    linear_solver: Callable[[Scalar], LinearSolver],
-    max_products: int,
-    goal: jax.Array | float = 0.0,
-) -> tuple[PyTree, Products]:
-    """Brings ‖w − Φ(w)‖ to `tau`, or to `goal` ‖Φ(w)‖ if that is more: Newton steps with forcing terms.
-
-    Each step linearises Φ once, at the point that the last one proposed. Where that point has not
-    brought the residual down, plain steps of Φ from the point before take its place.
-    """
-    floor = 16 * resolution(w)
-
-    def unfinished(s: _Newton) -> jax.Array:
-        return ~s.met & (sum(s.spent) < max_products)
-
-    def step(s: _Newton) -> _Newton:
-        image, jvp = jax.linearize(lambda u: packed.phi(u, packed.x), s.w)
-        r = tree.sub(s.w, image)
-        size = norm(r)
-        rejected = s.proposed & ~(size <= 0.7 * s.size)
-        target = jnp.maximum(jnp.maximum(tau, goal * norm(image)), floor * norm(s.w))
-        met = ~rejected & ((size <= target) | ~jnp.isfinite(size))
-        # No more accurate than the goal asks for, nor than a Newton step can use; 1 for no step.
-        forcing = jnp.clip(0.5 * target / size, 1e-4, _LOOSE)
-        e, info = linear_solver(jnp.where(met | rejected, 1.0, forcing))(jvp, r)
-        lost = rejected | (failed(info) & ~met)
-
-        def plain() -> PyTree:
-            start = tree.where(rejected, s.before, s.w)
-            return lax.fori_loop(0, _PLAIN_STEPS, lambda _, u: packed.phi(u, packed.x), start)
-
-        w = lax.cond(lost, plain, lambda: tree.where(met, s.w, tree.sub(s.w, e)))
-        extra = jnp.where(lost, 1 + _PLAIN_STEPS, 1).astype(jnp.int32)
-        spent = s.spent._replace(phi=s.spent.phi + extra, j=s.spent.j + _products(info))
-        return _Newton(w, s.w, size, ~lost, met, spent)
-
-    false = jnp.asarray(False)
-    s = _Newton(w, w, jnp.full_like(norm(w), jnp.inf), false, false, spent)
-    s = lax.while_loop(unfinished, step, s)
-    return s.w, s.spent
-
-
 def _bring_down(
     packed: Packed,
     w: PyTree,
@@ -305,10 +245,5 @@ def _bring_down(
     dv, info = linear_solver(rtol)(lambda u: vjp(u)[0], r_v)
     better = jnp.isfinite(norm(dv))
     return tree.where(better, tree.add(v, dv), v), spent._replace(
-        phi=spent.phi + 1, jt=spent.jt + _products(info) + 1
+        phi=spent.phi + 1, jt=spent.jt + products_of(info) + 1
     )
-
-
-def _products(info: SolveInfo) -> jax.Array:
-    """One a step, and one for the true residual."""
-    return info.num_steps + jnp.minimum(info.num_steps, 1)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from .estimators import check_linear_solver
-from .linear import gmres
-from .packing import check_arrays, check_phi, eval_shape, partition, split_lam, strongly_typed
-from .realify import norm, resolution
-from .types import (
+from ..estimators import check_linear_solver
+from ..linear import gmres
+from ..packing import check_arrays, check_phi, eval_shape, partition, split_lam, strongly_typed
+from ..realify import norm, resolution
+from ..types import (
     LinearSolver,
     Outer,
     Phi,

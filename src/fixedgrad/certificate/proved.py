@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from .bounds import Constants
+from ..bounds import Constants
+from ..realify import norm, resolution
+from ..types import PyTree
 from .dual_weighted import Packed, Products, lagrangian
-from .realify import norm, resolution
-from .types import PyTree
 
 tree = optax.tree
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .certificate import Certificate, Reason, certify
-from .decorator import fixed_point
-from .diagnostics import solve_lower
-from .dual_weighted import pack
-from .estimators import truncated_itd
-from .packing import check_arrays, partition, split_lam, strongly_typed
-from .realify import norm, resolution
-from .types import Outer, Phi, PyTree, check_callable
+from ..certificate.certify import Certificate, Reason, certify
+from ..certificate.dual_weighted import pack
+from ..decorator import fixed_point
+from ..estimators import truncated_itd
+from ..packing import check_arrays, partition, split_lam, strongly_typed
+from ..realify import norm, resolution
+from ..types import Outer, Phi, PyTree, check_callable
+from .spectrum import solve_lower
 
 tree = optax.tree
 

@@ -9,16 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax import lax
 
-from .adaptive import newton_krylov
-from .dual_weighted import Packed, Products, krylov, pack, ratio
-from .estimators import aid, itd
-from .linear import bicgstab, cg, dense, fp, gmres, normal_cg
-from .realify import norm, realified, resolution
-from .types import (
+from ..certificate.dual_weighted import Packed, pack
+from ..estimators import aid, itd
+from ..linear import bicgstab, cg, dense, fp, gmres, normal_cg
+from ..realify import norm, realified
+from ..types import (
     Estimator,
     LinearSolver,
     Outer,
@@ -28,11 +25,10 @@ from .types import (
     check_number,
     failed,
 )
+from .spectrum import Facts, measure, solve_lower
 
 tree = optax.tree
 
-_PROBES = 3
-_POWER_STEPS = 100
 _MAX_STEPS = 5000
 
 
@@ -166,7 +162,7 @@ def recommend(
     key = jax.random.key(0) if key is None else key
     packed = pack("recommend", outer, phi, w0, lam, args, kwargs)
     w, residual, failed = solve_lower(packed, min(rtol, 1e-6))
-    facts = _measure(packed, w, key)
+    facts = measure(packed, w, key)
     size = int(tree.size(realified(w)[0](w)))
     alternatives = [
         _try(packed, w, candidate, size, rtol, facts.flops_product)
@@ -205,110 +201,6 @@ _ITD = "itd()"
 _DENSE = "aid(dense())"
 
 
-class _Facts(NamedTuple):
-    radius: float
-    norm: float
-    symmetric: bool
-    definite: bool
-    smallest: float
-    largest: float
-    condition: float
-    flops_phi: float
-    flops_product: float
-
-
-def solve_lower(packed: Packed, rtol: float) -> tuple[PyTree, jax.Array, bool]:
-    """(w, ‖Φ(w) − w‖, whether it failed) by Newton–Krylov, to `rtol` ‖Φ(w)‖ or to the floor."""
-
-    @jax.jit
-    def solve(w: PyTree) -> tuple[PyTree, jax.Array, jax.Array]:
-        spent = Products(*(jnp.int32(0) for _ in range(3)))
-        image = packed.phi(w, packed.x)
-        tau = rtol * norm(image)
-
-        w, _ = newton_krylov(packed, w, tau, spent, krylov, 20_000)
-        image = packed.phi(w, packed.x)
-        size = norm(tree.sub(w, image))
-        floor = 64 * resolution(w) * norm(image)
-        return w, size, ~(size <= jnp.maximum(rtol * norm(image), floor))
-
-    w, size, failed = solve(packed.w)
-    return w, size, bool(failed)
-
-
-def _measure(packed: Packed, w: PyTree, key: jax.Array) -> _Facts:
-    """Spectral facts of J at w."""
-    _, jvp = jax.linearize(lambda u: packed.phi(u, packed.x), w)
-    to_real, from_real = realified(w)
-
-    def j(u: PyTree) -> PyTree:
-        return to_real(jvp(from_real(u)))
-
-    real = to_real(w)
-    transpose = jax.linear_transpose(j, real)
-    probes = [tree.random_like(k, real) for k in jax.random.split(key, 2 * _PROBES)]
-
-    def power(operator: Callable[[PyTree], PyTree]) -> tuple[jax.Array, jax.Array]:
-        """(growth per step over the last half, ⟨u, M u⟩) of power iteration."""
-
-        def step(carry: tuple[PyTree, jax.Array], i: jax.Array):
-            u, log = carry
-            u = operator(u)
-            size = norm(u)
-            alive = size > 0
-            u = tree.scale(jnp.where(alive, 1 / jnp.where(alive, size, 1.0), 0.0), u)
-            growth = jnp.where(alive, jnp.log(jnp.where(alive, size, 1.0)), -jnp.inf)
-            return (u, log + jnp.where(i >= _POWER_STEPS // 2, growth, 0.0)), None
-
-        u = tree.scale(1 / norm(probes[0]), probes[0])
-        start = u, jnp.zeros((), norm(u).dtype)
-        (u, log), _ = lax.scan(step, start, jnp.arange(_POWER_STEPS))
-        growth = jnp.exp(log / (_POWER_STEPS - _POWER_STEPS // 2))
-        return growth, jnp.asarray(tree.vdot(u, operator(u)))
-
-    @jax.jit
-    def spectrum() -> tuple[jax.Array, ...]:
-        radius, _ = power(j)
-        squared, _ = power(lambda u: transpose(j(u))[0])
-        big = jnp.sqrt(squared)
-        skew = jnp.zeros_like(big)
-        for a, b in zip(probes[:_PROBES], probes[_PROBES:], strict=True):
-            left, right = (jnp.asarray(tree.vdot(*p)) for p in ((a, j(b)), (j(a), b)))
-            scale = norm(a) * norm(j(b)) + norm(j(a)) * norm(b)
-            skew = jnp.maximum(skew, ratio(jnp.abs(left - right), scale))
-
-        # Extreme eigenvalues of the symmetric part S, by power iteration on ‖J‖I ± S.
-        def part(sign: float) -> Callable[[PyTree], PyTree]:
-            def operator(u: PyTree) -> PyTree:
-                s = tree.scale(0.5 * sign, tree.add(j(u), transpose(u)[0]))
-                return tree.add_scale(s, big, u)
-
-            return operator
-
-        return radius, big, skew, power(part(1.0))[1] - big, big - power(part(-1.0))[1]
-
-    radius, big, skew, largest, smallest = map(float, spectrum())
-    symmetric = skew <= 100 * resolution(w) ** 0.75
-    definite = largest < 1
-    condition = (1 - smallest) / (1 - largest) if symmetric and definite else math.nan
-
-    def flops(function: Callable[..., PyTree], *operands: PyTree) -> float:
-        analysis = jax.jit(function).lower(*operands).compile().cost_analysis()
-        return float((analysis or {}).get("flops", math.nan))
-
-    return _Facts(
-        radius,
-        big,
-        symmetric,
-        definite,
-        smallest,
-        largest,
-        condition,
-        flops(packed.phi, w, packed.x),
-        flops(lambda u: transpose(u)[0], real),
-    )
-
-
 class _Candidate(NamedTuple):
     """A linear solver and what it costs beside its products.
 
@@ -332,7 +224,7 @@ class _Candidate(NamedTuple):
     start: float
 
 
-def _candidates(facts: _Facts, size: int, rtol: float) -> Iterator[_Candidate]:
+def _candidates(facts: Facts, size: int, rtol: float) -> Iterator[_Candidate]:
     """The methods that apply."""
     limits = f"max_steps={_MAX_STEPS}, rtol={rtol:g}"
 
@@ -379,7 +271,7 @@ def _try(
     return Alternative(c.name, aid(c.solver), usable, products, c.start + cost, c.memory, why)
 
 
-def _unrolled(facts: _Facts, rtol: float) -> Alternative:
+def _unrolled(facts: Facts, rtol: float) -> Alternative:
     contracts = 0 < facts.radius < 1
     steps = math.ceil(math.log(rtol) / math.log(facts.radius)) if contracts else _MAX_STEPS
     steps = max(steps, 1)
@@ -388,7 +280,7 @@ def _unrolled(facts: _Facts, rtol: float) -> Alternative:
     return Alternative(_ITD, itd(), facts.radius < 1, steps, cost, steps, why)
 
 
-def _warnings(facts: _Facts, residual: jax.Array, failed: bool) -> list[str]:
+def _warnings(facts: Facts, residual: jax.Array, failed: bool) -> list[str]:
     found = []
     if failed:
         found.append(
