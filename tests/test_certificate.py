@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fixedgrad as fg
@@ -346,6 +347,52 @@ def test_pytrees_with_complex_and_integer_leaves():
     assert c.valid
     assert np.linalg.norm(c.polished["c"] - exact) <= 2e-3 * np.linalg.norm(exact)
     assert np.linalg.norm(c.gradient["c"] - exact) <= c.error
+
+
+def mixed(w, lam):
+    return 0.5 * jnp.cos(w) + lam["x"] * lam["n"].astype(w.dtype)
+
+
+MIXED = {"x": jnp.array(0.3), "n": jnp.array(2), "key": jax.random.key(0), "none": None}
+PLAIN = fg.hypergradient(
+    lambda w, lam: w**2, mixed, fg.picard(mixed, num_steps=60), fg.aid(fg.dense())
+)
+WITH_TRUST = {
+    "certified": fg.certified(PLAIN, every=2),
+    "polished": fg.polished(PLAIN),
+    "adaptive": fg.adaptive_hypergradient(PLAIN.outer, mixed, rtol=1e-9),
+}
+
+
+@pytest.mark.parametrize("name", WITH_TRUST)
+def test_integers_keys_and_none_in_lam_have_no_gradient(name):
+    hypergrad = WITH_TRUST[name]
+    expected, _ = PLAIN.update(PLAIN.init(0.0, MIXED), MIXED)
+    grad, state = jax.jit(hypergrad.update)(hypergrad.init(0.0, MIXED), MIXED)
+    for gradient in (grad, state.certificate.gradient, state.certificate.polished):
+        assert gradient["none"] is None
+        assert gradient["n"].dtype == gradient["key"].dtype == jax.dtypes.float0
+        np.testing.assert_allclose(gradient["x"], expected["x"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", WITH_TRUST)
+def test_the_outer_loop_moves_no_integer(name):
+    loop = fg.bilevel(WITH_TRUST[name], optax.sgd(0.01, momentum=0.9))
+    state, history = fg.run(loop, loop.init(0.0, MIXED), num_steps=3)
+    assert state.lam["n"] == 2
+    assert state.lam["key"] == MIXED["key"]
+    assert state.lam["x"] < MIXED["x"]
+    assert history.value[-1] < history.value[0]
+
+
+def test_functions_ride_along_in_lam():
+    def phi(w, lam):
+        return 0.5 * lam["activation"](w) + lam["x"]
+
+    lam = {"activation": jnp.tanh, "x": jnp.array(0.3)}
+    certificate = fg.certify(lambda w, lam: w**2, phi, jnp.array(0.5), None, lam)
+    assert certificate.valid
+    assert "recommended" in str(fg.recommend(lambda w, lam: w**2, phi, jnp.array(0.5), lam))
 
 
 def test_the_families_of_the_experiment_are_covered():

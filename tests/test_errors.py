@@ -612,6 +612,78 @@ BILEVEL_ROWS = [
     ),
 ]
 
+TRUST_ROWS = [
+    Row(
+        "certify at an unknown level",
+        ValueError,
+        r"`level` of `certify` must be one of \('estimate', 'proved'\), got 'sure'",
+        lambda: fg.certify(loss, half, ONES, ONES, ONES, level="sure"),
+    ),
+    Row(
+        "certify to be proved from nothing",
+        ValueError,
+        "`certify` needs `constants`, a `fixedgrad.bounds.Constants`, .* They must come from you",
+        lambda: fg.certify(loss, half, ONES, ONES, ONES, level="proved"),
+    ),
+    Row(
+        "certify with a v of another shape",
+        TypeError,
+        "`certify`: `v` must have the structure, shapes and dtypes of `w`",
+        lambda: fg.certify(loss, half, ONES, ONES[:1], ONES),
+    ),
+    Row(
+        "certify of a gradient of another shape",
+        TypeError,
+        r"`certify`: `gradient` must have the structure, shapes and dtypes of `lam`",
+        lambda: fg.certify(loss, half, ONES, ONES, ONES, gradient=ONES[:1]),
+    ),
+    Row(
+        "certify without anything to differentiate",
+        TypeError,
+        "`lam` of `certify` has no floating-point leaf to differentiate, got .*; write `1.0` for `1`",
+        lambda: fg.certify(loss, half, ONES, ONES, 2),
+    ),
+    Row(
+        "certify with a finished linear solver",
+        TypeError,
+        r"(?s)`linear_solver` of `certify` must be a function `linear_solver\(rtol\) -> LinearSolver`"
+        r".* Write `lambda rtol: cg\(",
+        lambda: fg.certify(
+            loss, half, ONES, ONES, ONES, linear_solver=fg.cg(max_steps=9, rtol=0.1)
+        ),
+    ),
+    Row(
+        "certify of a map that changes its state",
+        TypeError,
+        r"(?s)`certify`: `phi\(w, ...\)` must have the structure, shapes and dtypes of `w`",
+        lambda: fg.certify(loss, lambda w, lam: w[:1] + lam[:1], ONES, ONES, ONES),
+    ),
+    Row(
+        "certified of something else",
+        TypeError,
+        r"`hypergrad` of `certified` must be the result of `hypergradient\(...\)`, got ",
+        lambda: fg.certified(half),
+    ),
+    Row(
+        "adaptive update with its arguments exchanged",
+        TypeError,
+        r"`state` of `update` must be what `init` or the last `update` returned, got ",
+        lambda: fg.adaptive_hypergradient(loss, half, rtol=0.1).update(ONES, ONES),
+    ),
+    Row(
+        "check without an objective",
+        TypeError,
+        r"`outer` of `check` must be a function `outer\(w, lam, \*args\) -> scalar`, got None",
+        lambda: fg.check(lambda w0, lam: w0, None, half, ONES, ONES),
+    ),
+    Row(
+        "recommend to no accuracy",
+        ValueError,
+        r"`rtol` of `recommend` must be a number in \(0, 1\), got 2.0",
+        lambda: fg.recommend(loss, half, ONES, ONES, rtol=2.0),
+    ),
+]
+
 
 def _one_step(loop):
     return jax.eval_shape(lambda: loop.step(loop.init(ONES, ONES)))
@@ -630,6 +702,7 @@ ROWS = [
     *LINEAR_SOLVER_ROWS,
     *OTHER_ROWS,
     *BILEVEL_ROWS,
+    *TRUST_ROWS,
 ]
 
 
@@ -701,16 +774,7 @@ def test_failed_linear_solve_names_its_status_and_a_remedy(status):
 # No message without a row.
 
 SOURCE = pathlib.Path(fg.__file__).parent
-ELSEWHERE = {
-    # Modules whose own test files check their messages.
-    "adaptive.py",
-    "bounds.py",
-    "certify.py",
-    "certified.py",
-    "recommend.py",
-    "dual_weighted.py",
-    "proved.py",
-}
+ELSEWHERE = {"bounds.py"}  # Its own test file checks its messages.
 AT_RUN_TIME = {"SolveFailedError"}  # Raised in callbacks: the tests above.
 
 

@@ -52,6 +52,9 @@ def itd() -> Estimator:
     mode needs a loop of static length, such as `picard` with `num_steps`; for a `while_loop` JAX has
     forward mode only.
 
+    Assumed, not checked: for the bound, that the solver iterates Φ, from a w₀ that does not depend on
+    λ. Any other solver is differentiated as it is.
+
     Cost: reverse, about t products with Jᵀ, forward t products with J for each tangent. Memory:
     reverse, all t iterates; forward 2 w for each tangent, whatever t.
     When not to use it: for large t in reverse mode (memory), or for a solver that JAX cannot
@@ -99,6 +102,8 @@ def truncated_itd(*, num_steps: int) -> Estimator:
     `aid(fp(num_steps=k))`: the error is of order qᵏ however large t is. Any solver will do. The
     gradient with respect to the starting point is zero by construction. Second derivatives apply the
     same truncation to the derivative of w_t.
+
+    Assumed, not checked: w_t is near w(λ), and Φ(·, λ) a contraction there.
 
     Cost: k more evaluations of Φ forward, as many again and k products backward. Memory: k iterates
     in the backward pass only.
@@ -162,6 +167,10 @@ def aid(linear_solver: LinearSolver) -> Estimator:
     respect to its starting point is zero by construction: w(λ) does not depend on it. Second and
     higher derivatives are implicit too.
 
+    Assumed, not checked: Φ is continuously differentiable at w, I − J is invertible there, and w is
+    near w(λ): its distance enters the error (Theorem 2.2). A tolerance of the lower-level solver, or
+    `checked`, has the last of these checked; what the linear solver needs of J it says itself.
+
     Cost: the products of the linear solver with Jᵀ (J), one with Bᵀ (B), one linearisation of Φ.
     Memory: w and the vectors of the linear solver, whatever the number of iterations.
     When not to use it: where Φ has no unique fixed point near w, or is far from it and not a
@@ -175,7 +184,8 @@ def aid(linear_solver: LinearSolver) -> Estimator:
         An `Estimator`.
 
     Raises:
-        TypeError: `linear_solver` does not take (matvec, b).
+        TypeError: `linear_solver` does not take (matvec, b); when called, it does not return a pair
+            (x, info) with x like b and info a `SolveInfo`.
 
     >>> import fixedgrad as fg
     >>> phi = lambda w, lam: 0.5 * w + lam
@@ -221,9 +231,16 @@ def forward(estimator: Estimator) -> Estimator:
     by transposing its linear solve, which runs the same linear solver on Jᵀ. So `grad` gives the same
     numbers as without `forward`, to rounding.
 
+    `itd()` has every mode by itself and is returned as it is; the explicit form, `hypergradient`, takes
+    reverse mode only and sees no difference.
+
+    Assumed, not checked: the linear solver is as right for J as for Jᵀ; the `jvp` of an estimator of
+    your own is linear in the tangents, as JAX must transpose it, and agrees with its `bwd`.
+
     Cost: as the estimator's; forward mode one solve for each tangent. Memory: as the estimator's in
     reverse mode; `itd` in forward mode holds no iterates.
-    When not to use it: nothing speaks against it but that the rule is no longer a `jax.custom_vjp`.
+    When not to use it: where Φ holds a `jax.custom_vjp`, which JAX cannot differentiate in forward
+    mode: second derivatives of `forward(aid(...))` are refused then, those of `aid(...)` are not.
 
     Args:
         estimator: `itd()`, `truncated_itd(...)`, `aid(...)` or another `Estimator`.
@@ -239,6 +256,10 @@ def forward(estimator: Estimator) -> Estimator:
     >>> solve = fg.fixed_point(phi, fg.forward(fg.aid(fg.dense())))(fg.picard(phi, num_steps=50))
     >>> float(jax.jacfwd(lambda lam: solve(0.0, lam))(1.0))
     2.0
+
+    References:
+        Grazzi et al., ICML 2020, equation (4); Radul, Paszke, Frostig, Johnson, Maclaurin, You Only
+        Linearize Once: Tangents Transpose to Gradients, POPL 2023.
     """
     check_estimator("forward", estimator)
     return estimator if estimator.mode == "unroll" else estimator._replace(mode="forward")

@@ -102,6 +102,12 @@ class Start(NamedTuple):
 def cold() -> Start:
     """Every update starts at w₀ and at v = 0, as in the paper's analysis.
 
+    When not to use it: in an outer loop with small steps and a tolerance, where `warm` takes fewer
+    steps.
+
+    Returns:
+        A `Start` that remembers w₀, as `init` was given it, and nothing else.
+
     >>> cold().propose(cold().init(1.0, 0.0))
     (1.0, None)
     """
@@ -116,7 +122,13 @@ def warm() -> Start:
 
     With a tolerance both solves then need fewer steps; with exact `num_steps` they come closer. The
     error bounds of the paper hold with ‖w₀ − w(λ)‖ in place of ‖w(λ)‖, so they depend on how fast λ
-    moves. Costs one more product with Jᵀ.
+    moves.
+
+    Cost: one more product with Jᵀ, for the residual of the start. Memory: w and v.
+    When not to use it: where the error bound of each update shall not depend on the updates before.
+
+    Returns:
+        A `Start` that remembers w and v.
 
     >>> warm().propose(warm().record(warm().init(1.0, 0.0), 2.0, 3.0))
     (2.0, 3.0)
@@ -144,8 +156,9 @@ def hypergradient(
     at the solver's w ≈ w(λ), as `estimator` approximates it. Nothing is hidden: `update` is a pure
     function and works under `jit`, `vmap` and `lax.scan`.
 
-    The gradient is with respect to the first argument after the state, λ, any pytree of inexact
-    arrays; further arguments are data. What the functions close over is not differentiated.
+    The gradient is with respect to the inexact leaves of the first argument after the state, λ, of
+    which there must be one; integers and keys ride along and get `float0` zeros. Further arguments are
+    data. What the functions close over is not differentiated.
 
     Cost: the solver, one E with its gradient, the estimator, and one Φ for the true residual.
     Memory: w, v and the estimator's.
@@ -157,14 +170,15 @@ def hypergradient(
         estimator: `itd()`, `truncated_itd(...)`, `aid(...)`.
         start: `cold()` or `warm()`, or another `Start`.
         on_failure: What becomes of the gradient when a solve failed: "nan", "warn", "raise" or
-            "ignore". The state keeps w, v and info in any case.
+            "ignore". The state keeps w, v and info in any case. "warn" and "raise" call back to the
+            host, so that `jax.export` refuses `update`.
 
     Returns:
         The pair (`init`, `update`), a `Hypergradient`.
 
     Raises:
-        TypeError: An argument is not of its kind; when called, Φ(w) differs from w, or E is not a
-            real scalar.
+        TypeError: An argument is not of its kind; when called, Φ(w) differs from w, E is not a real
+            scalar, or λ has no inexact leaf.
         ValueError: `on_failure` is none of the four.
 
     >>> import fixedgrad as fg

@@ -45,9 +45,15 @@ def gradient_descent(loss: Loss, *, step_size: StepSize) -> Phi:
 
     J = I − α ∇₁²ℓ is symmetric, so `cg` applies. Where ℓ(·, λ) is μ-strongly convex and L-smooth, Φ
     is a contraction for 0 < α < 2/L, with the smallest constant q = (κ − 1)/(κ + 1), κ = L/μ, at
-    α = 2/(L + μ) (`optimal_step_size`). Assumed, not checked: 0 < α < 2/L.
+    α = 2/(L + μ) (`optimal_step_size`). For complex w the direction is the conjugate of `jax.grad`,
+    steepest descent.
 
-    Cost: one gradient. For complex w the direction is the conjugate of `jax.grad`, steepest descent.
+    Assumed, not checked: 0 < α < 2/L.
+
+    Cost: one gradient. Memory: w and its gradient.
+    When not to use it: as the iteration for large κ, where `heavy_ball` or `nesterov` needs about √κ
+    in place of κ steps; as the Φ of `aid` it still serves. Nor for a loss with kinks:
+    `proximal_gradient`.
 
     Args:
         loss: `loss(w, *args, **kwargs) -> scalar`.
@@ -59,8 +65,8 @@ def gradient_descent(loss: Loss, *, step_size: StepSize) -> Phi:
         `phi(w, *args, **kwargs)`.
 
     Raises:
-        TypeError: `loss` is not callable.
-        ValueError: `step_size` is not positive.
+        TypeError: `loss` is not callable; when called, it does not return a real scalar.
+        ValueError: `step_size` is not a finite number > 0, or, when called, its value is not.
 
     >>> phi = gradient_descent(lambda w, lam: 0.5 * lam * w**2, step_size=0.25)
     >>> float(phi(1.0, 2.0))
@@ -86,7 +92,12 @@ def heavy_ball(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
     may grow at first. J is not symmetric, so `cg` is wrong with this Φ: give AID the
     `gradient_descent` map, which has the same fixed point.
 
+    Assumed, not checked: ℓ is a strongly convex quadratic with largest eigenvalue L, or close to one,
+    and α < 2 (1 + β)/L.
+
     Cost: one gradient. Memory: 2 w, the state is `Momentum(w, previous)`.
+    When not to use it: far from a quadratic. There are smooth strongly convex ℓ on which it cycles for
+    ever with the constants of `optimal_heavy_ball`; take `nesterov`.
 
     Args:
         loss: `loss(w, *args, **kwargs) -> scalar`.
@@ -97,15 +108,19 @@ def heavy_ball(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
         `phi(state, *args, **kwargs) -> state` with a `Momentum` state.
 
     Raises:
-        TypeError: `loss` is not callable.
-        ValueError: `step_size` is not positive, or `momentum` not in [0, 1).
+        TypeError: `loss` is not callable; when called, it does not return a real scalar, or the state
+            is not a pair.
+        ValueError: `step_size` is not a finite number > 0, or, when called, its value is not;
+            `momentum` is not in [0, 1).
 
     >>> phi = heavy_ball(lambda w: 0.5 * w**2, step_size=0.5, momentum=0.25)
     >>> float(phi(Momentum(1.0, 2.0)).w)
     0.25
 
     References:
-        Polyak, Introduction to Optimization, 1987; Grazzi et al., ICML 2020, section 2.1, case (b).
+        Polyak, Introduction to Optimization, 1987; Grazzi et al., ICML 2020, section 2.1, case (b);
+        Lessard, Recht, Packard, Analysis and Design of Optimization Algorithms via Integral Quadratic
+        Constraints, 2016 (the cycle).
     """
     check_callable("heavy_ball", "loss", loss, "loss(w, *args) -> scalar")
     alpha, beta = _step_size("heavy_ball", step_size), _momentum("heavy_ball", momentum)
@@ -122,10 +137,15 @@ def heavy_ball(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
 def nesterov(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
     """Nesterov's method with constant momentum: y = w + β (w − w₋), Φ = (y − α ∇₁ℓ(y, λ), w).
 
-    For α = 1/L and β = (√κ − 1)/(√κ + 1) its rate on strongly convex ℓ is about 1 − 1/√κ. J is not
-    symmetric (see `heavy_ball` for what follows).
+    For α = 1/L and β = (√κ − 1)/(√κ + 1) the rate is 1 − 1/√κ: of w on quadratics, of the values of ℓ
+    on any ℓ that is μ-strongly convex and L-smooth, κ = L/μ. J is not symmetric (see `heavy_ball` for
+    what follows), and the contraction is not in the Euclidean norm.
+
+    Assumed, not checked: 0 < α ≤ 1/L.
 
     Cost: one gradient. Memory: 2 w, the state is `Momentum(w, previous)`.
+    When not to use it: on quadratics, where `heavy_ball` has the better rate (√κ − 1)/(√κ + 1); as
+    the Φ of `aid` with `cg`.
 
     Args:
         loss: `loss(w, *args, **kwargs) -> scalar`.
@@ -136,8 +156,10 @@ def nesterov(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
         `phi(state, *args, **kwargs) -> state` with a `Momentum` state.
 
     Raises:
-        TypeError: `loss` is not callable.
-        ValueError: `step_size` is not positive, or `momentum` not in [0, 1).
+        TypeError: `loss` is not callable; when called, it does not return a real scalar, or the state
+            is not a pair.
+        ValueError: `step_size` is not a finite number > 0, or, when called, its value is not;
+            `momentum` is not in [0, 1).
 
     >>> phi = nesterov(lambda w: 0.5 * w**2, step_size=0.5, momentum=0.5)
     >>> float(phi(Momentum(2.0, 1.0)).w)
@@ -145,7 +167,7 @@ def nesterov(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
 
     References:
         Nesterov, A method for solving the convex programming problem with convergence rate
-        O(1/k²), 1983.
+        O(1/k²), 1983; Introductory Lectures on Convex Optimization, 2004, section 2.2 (constant β).
     """
     check_callable("nesterov", "loss", loss, "loss(w, *args) -> scalar")
     alpha, beta = _step_size("nesterov", step_size), _momentum("nesterov", momentum)
@@ -166,7 +188,11 @@ def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Phi:
     although I − J is often well conditioned: `fp`, `gmres`, `normal_cg` or `dense`. At kinks (an
     entry at a threshold) Φ is not differentiable and the derivative is one of several.
 
-    Cost: one gradient and one prox.
+    Assumed, not checked: `prox` is the proximal map of αg with g convex, ℓ is L-smooth, 0 < α < 2/L,
+    and w(λ) is not at a kink.
+
+    Cost: one gradient and one prox. Memory: w and its gradient, and that of the prox.
+    When not to use it: where g is smooth. `gradient_descent` on ℓ + g has a symmetric J, hence `cg`.
 
     Args:
         loss: The smooth part, `loss(w, *args, **kwargs) -> scalar`.
@@ -177,8 +203,8 @@ def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Phi:
         `phi(w, *args, **kwargs)`.
 
     Raises:
-        TypeError: `loss` or `prox` is not callable.
-        ValueError: `step_size` is not positive.
+        TypeError: `loss` or `prox` is not callable; when called, the loss is not a real scalar.
+        ValueError: `step_size` is not a finite number > 0, or, when called, its value is not.
 
     >>> def soft(v, step_size, lam):
     ...     return jnp.sign(v) * jnp.maximum(jnp.abs(v) - step_size * lam, 0.0)
@@ -187,8 +213,8 @@ def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Phi:
     2.0
 
     References:
-        Bertrand et al., Implicit Differentiation of Lasso-type Models for Hyperparameter
-        Optimization, ICML 2020.
+        Combettes, Wajs, Signal Recovery by Proximal Forward-Backward Splitting, 2005; Bertrand et
+        al., Implicit Differentiation of Lasso-type Models for Hyperparameter Optimization, ICML 2020.
     """
     check_callable("proximal_gradient", "loss", loss, "loss(w, *args) -> scalar")
     check_callable("proximal_gradient", "prox", prox, "prox(v, step_size, *args) -> w")
@@ -205,8 +231,17 @@ def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Phi:
 def damped(phi: Phi, *, damping: Scalar) -> Phi:
     """The damped map: Φ_δ(w, λ) = δ w + (1 − δ) Φ(w, λ), with the fixed points of Φ.
 
-    Its Jacobian δI + (1 − δ)J has spectral radius below 1 also where eigenvalues of J lie below −1 or
-    are complex, of modulus up to a little above 1. It cannot help an eigenvalue of J right of 1.
+    With J the Jacobian of Φ, its own is J_δ = δI + (1 − δ)J. For a δ close enough to 1 the spectral
+    radius of J_δ is below 1 wherever the eigenvalues of J have real parts below 1, as large as they may
+    be on the left. It cannot help an eigenvalue of J right of 1.
+
+    As I − J_δ = (1 − δ)(I − J) and ∂₂Φ_δ = (1 − δ) ∂₂Φ, w'(λ) is that of Φ.
+
+    Assumed, not checked: that δ is close enough to 1.
+
+    Cost: one Φ. Memory: that of Φ, and w.
+    When not to use it: where Φ contracts with a constant q, as the bound becomes δ + (1 − δ) q > q; for
+    the linear solve of `aid` by `cg`, `gmres` or `dense`, to which I − J and its multiple are alike.
 
     Args:
         phi: The map to damp.
@@ -244,6 +279,12 @@ def optimal_step_size(L: Scalar, mu: Scalar) -> GradientDescentConstants:
 
     For ℓ μ-strongly convex and L-smooth, α = 2/(L + μ) gives q = (κ − 1)/(κ + 1), κ = L/μ.
 
+    Assumed, not checked: that ℓ has these constants. With an `L` that is too small Φ may expand; with
+    a `mu` that is too large Φ contracts, but not by `q`.
+
+    Cost: a few operations on scalars.
+    When not to use it: for a loss that is convex only, where 1/L is usual and there is no q.
+
     Args:
         L: Smoothness constant, L ≥ μ.
         mu: Strong convexity constant, μ > 0.
@@ -270,6 +311,13 @@ def optimal_heavy_ball(L: Scalar, mu: Scalar) -> HeavyBallConstants:
     """The constants of heavy ball with the best rate on quadratics.
 
     α = 4/(√L + √μ)², β = ((√L − √μ)/(√L + √μ))², rate q = √β = (√κ − 1)/(√κ + 1).
+
+    Assumed, not checked: the Hessian is constant, with these eigenvalues. q is the spectral radius of
+    J, no contraction constant in the Euclidean norm: the bounds of `fixedgrad.bounds` do not hold with
+    it.
+
+    Cost: a few operations on scalars.
+    When not to use it: for other losses; see `heavy_ball`.
 
     Args:
         L: Largest eigenvalue of the Hessian, L ≥ μ.

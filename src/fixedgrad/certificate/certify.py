@@ -213,8 +213,7 @@ def certify(
     if gradient is not None:
         given = partition(jax.tree.map(jnp.asarray, gradient))[0]
         check_same("certify", given, packed.x, "`gradient`", "`lam` (its inexact leaves)")
-    if level == "proved":
-        assert constants is not None  # Known to pyright by now, and to us since the check above.
+    if constants is not None:
         return _proved(packed, v_x, constants, given)
     passes = refine(packed, packed.w, v_x, linear_solver, solve_rtol, _MAX_PASSES)
     return assess(packed, passes, given, safety, extra)

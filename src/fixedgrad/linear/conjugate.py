@@ -26,16 +26,16 @@ def cg(
     of `fp` on a gradient-descent map.
 
     Cost: one product a step, one more for the residual. Memory: 5 vectors, 8 with a tolerance. On
-    several devices two all-reduces of scalars a step where x is sharded, besides the product's own; none
-    where it is not.
+    several devices two all-reduces of scalars a step where x is sharded, besides the product's own;
+    none where it is not.
     Not for a map whose J is not symmetric: heavy ball, equilibrium models, a gradient step with a
     step size per coordinate. What it can see of that it reports as `NOT_SYMMETRIC`, `INDEFINITE`
-    or `SINGULAR`, and these count as failures even for exact `num_steps`; one step shows no asymmetry.
-    Use `gmres`, `bicgstab`, `normal_cg` or `dense` there.
+    or `SINGULAR`, and these count as failures even for exact `num_steps`. Use `gmres`, `bicgstab`,
+    `normal_cg` or `dense` there.
     Assumed, not checked: M symmetric and I − M positive definite, beyond what these statuses show.
-    With exact `num_steps` an asymmetry below ε^¼, 10⁻⁴ in float64, goes unseen, and a negative
-    eigenvalue until a direction of negative curvature comes up. A tolerance is met by the true
-    residual or missed.
+    With exact `num_steps` an asymmetry below ε^¼ of the whole, 10⁻⁴ in float64, goes unseen, and in
+    one step any; a negative eigenvalue does until a direction of negative curvature comes up. A
+    tolerance is met by the true residual or missed.
 
     Args:
         num_steps: Exactly that many steps (none are wasted once the residual is at rounding).
@@ -120,7 +120,8 @@ def normal_cg(
     squared: the rate is ((κ − 1)/(κ + 1))ᵏ with κ that of A.
 
     Cost: two products a step, one more for the residual. Memory: 5 vectors, 8 with a tolerance.
-    Assumed, not checked: `matvec` can be transposed by JAX, which refuses with an error of its own.
+    Assumed, not checked: `matvec` consists of operations that JAX can transpose; where it finds one
+    that it cannot, JAX raises.
     Not for symmetric positive definite systems, where `cg` needs the square root of its steps.
 
     Args:

@@ -75,7 +75,7 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
 def from_lineax(solver: Any) -> LinearSolver:
     """Any solver of the package lineax, such as `lineax.GMRES(1e-6, 1e-6)`, as a `LinearSolver`.
 
-    lineax gets I − M as a `FunctionLinearOperator` of real leaves.
+    lineax gets I − M as a `FunctionLinearOperator` on the real form of b.
 
     Cost: the solver's products, and two more, for the residuals of the start and of the result.
     Memory: the solver's.

@@ -42,9 +42,15 @@ def checked(
     """Any solver, held to a tolerance: ‖Φ(w) − w‖ ≤ max(rtol ‖Φ(w)‖, atol) at the w it returns.
 
     For solvers that do not say whether they succeeded: a `while_loop` of your own, optax, SciPy. The
-    solver may have nothing to do with Φ but the fixed point.
+    solver may have nothing to do with Φ but the fixed point. Without a tolerance w must be a fixed
+    point to rounding.
 
-    Cost: one Φ.
+    Assumed, not checked: that a small residual is a small error. For a contraction with constant q,
+    ‖w − w(λ)‖ ≤ ‖Φ(w) − w‖/(1 − q).
+
+    Cost: one Φ. Memory: one w.
+    When not to use it: on `picard` and `anderson` with a tolerance, which say it themselves, and whose
+    info would be lost; on a few steps that are meant to be few, which would count as a failure.
 
     Args:
         solver: `solver(w0, *args, **kwargs) -> w`.
@@ -57,8 +63,9 @@ def checked(
         A solver with `with_info`; `info.num_steps` is 0, since nobody knows it.
 
     Raises:
-        TypeError: `solver` or `phi` is not callable.
-        ValueError: For negative tolerances.
+        TypeError: `solver` or `phi` is not callable; when called, Φ(w) does not look like w.
+        ValueError: `rtol` is not in [0, 1), `atol` is negative or not finite, or `on_failure` is none
+            of the four.
 
     >>> solver = checked(lambda w0, lam: w0 + lam, lambda w, lam: 0.5 * w + lam, rtol=1e-6)
     >>> w, info = solver.with_info(0.0, 1.0)
@@ -86,8 +93,14 @@ def from_host(function: Callable[..., PyTree]) -> Solver:
 
     The call is a `jax.pure_callback`: it works under `jit`, under `vmap` one element after another,
     and under every derivative of `aid` and `truncated_itd`, which never differentiate the solver.
-    Not for `itd`; not for devices without host callbacks. The function must have no side effects:
-    it may be called more or less often than the program seems to say.
+
+    Assumed, not checked: the function has no side effects: it may be called more or less often than
+    the program seems to say. It does not call JAX, and its w is a fixed point of Φ (`checked`).
+
+    Cost: the function, a copy of its arguments to the host and of w back. Memory: these, on the host.
+    When not to use it: for `itd`; on devices without host callbacks; in a program for `jax.export`,
+    which exports no host callback; for a solver that could be JAX, since a batch is solved one element
+    after another.
 
     Args:
         function: `function(w0, *args, **kwargs) -> w` on NumPy arrays, w like w0 in structure,
@@ -97,7 +110,9 @@ def from_host(function: Callable[..., PyTree]) -> Solver:
         `solver(w0, *args, **kwargs) -> w`.
 
     Raises:
-        TypeError: `function` is not callable.
+        TypeError: `function` is not callable; when differentiated itself, as by `itd`.
+        jax.errors.JaxRuntimeError: When called: the function raised, or its w is not like w0; the text
+            holds the reason.
 
     >>> solver = from_host(lambda w0, lam: (2.0 * lam).astype(w0.dtype))
     >>> float(solver(jnp.zeros(()), 3.0))
@@ -145,11 +160,16 @@ def from_optax(
     Give AID the `gradient_descent` map of the same loss as Φ: it has the same fixed points. Under
     `itd` beware of optimisers that divide by moments at zero gradient.
 
+    Assumed, not checked: that the steps suffice (`checked` with that map tells).
+
     Cost: one gradient a step. Memory: w and the state of the optimiser (all of them under `itd`).
+    When not to use it: to stop by a tolerance, which `picard` and `anderson` do. For complex w: the
+    optimiser gets `jax.grad`, the conjugate of steepest ascent, and ascends in the imaginary part.
 
     Args:
         loss: `loss(w, *args, **kwargs) -> scalar`.
-        optimizer: An optax optimiser.
+        optimizer: An optax optimiser that asks for nothing but gradients, state and w; a line search
+            asks for the value too.
         num_steps: The number of steps.
 
     Returns:
@@ -157,7 +177,7 @@ def from_optax(
 
     Raises:
         TypeError: `loss` is not callable, `optimizer` not an optimiser; when called, the loss is
-            not a real scalar.
+            not a real scalar, w0 has a leaf that is not inexact, or the optimiser asks for more.
         ValueError: `num_steps` is not a positive integer.
 
     >>> solver = from_optax(lambda w, lam: (w - lam) ** 2, optax.sgd(0.25), num_steps=30)

@@ -44,7 +44,10 @@ def anderson(
     have a larger residual than the point before, it is given up: the plain step Φ(w) from there is
     taken instead, and the window starts anew.
 
-    Cost: one Φ a step and `window` inner products. Memory: 2 `window` + 4 w.
+    Assumed, not checked: every leaf of w is inexact.
+
+    Cost: one Φ a step, one more at the end, and `window`² inner products a step. Memory: 2 `window` + 4
+    w, one more with a tolerance.
     Not needed for small q; of no use on strongly non-linear maps far from the fixed point.
 
     Args:

@@ -29,7 +29,11 @@ def picard(
     static length, which reverse mode can differentiate (`itd`). With `max_steps` it is a
     `while_loop` that ends when ‖Φ(w) − w‖ ≤ max(rtol ‖Φ(w)‖, atol), or at the floor of the dtype.
 
-    Cost: one Φ a step, one more with a tolerance. Memory: w (t of them under reverse-mode `itd`).
+    Assumed, not checked: with exact `num_steps`, that they suffice; `with_info` has the residual, for
+    one Φ more.
+
+    Cost: one Φ a step, one more with a tolerance. Memory: w, 2 w with a tolerance (t of them under
+    reverse-mode `itd`).
     Not for maps with ρ(J) ≥ 1; slow for q near 1, where `anderson` or a heavy-ball map is faster.
 
     Args:
