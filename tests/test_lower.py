@@ -420,3 +420,11 @@ def test_optax_sgd_takes_the_steps_of_gradient_descent():
     phi = fg.gradient_descent(ridge_loss, step_size=0.5)
     want = fg.picard(phi, num_steps=3)(jnp.ones(3), 0.8, x, y=y)
     assert_close(solver(jnp.ones(3), 0.8, x, y=y), want, 1e-14)
+
+
+def test_optax_solver_descends_in_complex_numbers():
+    def distance(w, lam):
+        return jnp.abs(w - lam) ** 2
+
+    solver = fg.from_optax(distance, optax.sgd(0.25), num_steps=60)
+    assert_close(solver(jnp.asarray(0j), jnp.asarray(1.0 + 2.0j)), 1.0 + 2.0j, 1e-12)

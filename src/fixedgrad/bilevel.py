@@ -12,7 +12,7 @@ from jax import lax
 from .hypergradient import Hypergradient, HypergradientState
 from .lower.adapters import check_optimizer
 from .packing import blank, partition, strongly_typed
-from .realify import norm
+from .realify import norm, steepest_ascent
 from .types import PyTree, check_callable, check_count, check_same
 
 
@@ -80,13 +80,12 @@ def bilevel(
     nothing: the loop stops with the last good λ in its state. Both functions are pure and unjitted;
     `run` puts many steps into one compiled scan.
 
-    Assumed, not checked: `project` is the projection that the optimiser's updates ask for; for gradient
-    descent on a convex set it is the Euclidean one.
+    Assumed, not checked: `project` is the projection that the optimiser's updates ask for; for
+    gradient descent on a convex set it is the Euclidean one.
 
     Cost: one hypergradient update a step. Memory: the state's, and the estimator's.
-    When not to use it: for complex λ: optax gets g, which is the conjugate of steepest ascent, as
-    `jax.grad` is, and ascends in the imaginary part. For a line search that evaluates f by itself, as
-    in `optax.lbfgs`: it asks for `value_fn`, which is not there.
+    When not to use it: for a line search that evaluates f by itself, as in `optax.lbfgs`: it asks for
+    `value_fn`, which is not there.
 
     Args:
         hypergrad: The result of `hypergradient` (or anything with the same `init` and `update`).
@@ -98,8 +97,8 @@ def bilevel(
         The pair (`init`, `step`), a `Bilevel`.
 
     Raises:
-        TypeError: An argument is not of its kind; when called, the projection changes λ's structure,
-            shapes or dtypes.
+        TypeError: An argument is not of its kind; when called, the projection changes λ's
+            structure, shapes or dtypes.
 
     >>> import fixedgrad as fg
     >>> phi = lambda w, lam: 0.5 * w + lam
@@ -141,9 +140,10 @@ def bilevel(
         grad, hyper = hypergrad.update(state.hypergrad, state.lam, *args, **kwargs)
         finite = jnp.isfinite(norm(grad))
         # The optimiser sees what has a gradient; `None` stands for integers and keys.
-        (x, rest, join), (x_bar, _, _) = partition(state.lam), partition(grad)
+        x, rest, join = partition(state.lam)
+        ascent = steepest_ascent(partition(grad)[0])
         updates, optimizer_state = full.update(
-            x_bar, state.optimizer, x, value=hyper.value, grad=x_bar
+            ascent, state.optimizer, x, value=hyper.value, grad=ascent
         )
         lam = join(optax.apply_updates(x, updates), rest)
         if project is not None:
@@ -183,7 +183,8 @@ def run(
     Called again with the same loop and shapes it does not compile again, so a long run is a Python
     loop over chunks, with a progress bar and a checkpoint of the state between them.
 
-    Cost: `num_steps` outer steps; none once stopped (under `vmap` a stopped loop waits, and computes).
+    Cost: `num_steps` outer steps; none once stopped (under `vmap` a stopped loop waits, and
+    computes).
     Memory: the state's, the estimator's, and one `Record` a step.
     When not to use it: for a new batch of data at each step, as all steps get the same `args`; scan
     over `loop.step` there. For a loop or a `stop` made anew for each call, which compiles anew.

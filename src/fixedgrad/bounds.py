@@ -246,7 +246,8 @@ def iterate(t: Real, c: Constants) -> Real:
     >>> iterate(3, c)
     0.5
     """
-    return fp_rate(t, c) * c.D
+    _check(c)
+    return c.q ** _count("t", t, *c) * c.D
 
 
 def jacobian(t: Real, c: Constants) -> Real:
@@ -472,8 +473,8 @@ def aid_cg_steps(tol: float, c: Constants, kappa: float) -> tuple[int, int]:
 
     Raises:
         TypeError: an argument is traced or not a scalar.
-        ValueError: `tol` is not positive and finite, `kappa` is less than 1 or not finite, or `c` has
-            a bad constant.
+        ValueError: `tol` is not positive and finite, `kappa` is less than 1 or not finite, or `c`
+            has a bad constant.
         OverflowError: `kappa` is so large, above about 10³¹, that the rate of `cg` rounds to 1.
 
     >>> c = contraction_constants(q=0.8, D=1, L_E=2, L_Phi=1, nu1=1, nu2=0, eta1=1, eta2=0)

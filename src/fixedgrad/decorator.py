@@ -87,8 +87,9 @@ def fixed_point(
 
     Cost: the solver's; for derivatives the estimator's. Memory: w and the arguments are kept for the
     backward pass, nothing else (`itd`: all iterates).
-    When not to use it: where the value of f, warm starts or the info of the solves are wanted beside
-    the gradient (`hypergradient`); for a cheap loop of a few steps that JAX may as well differentiate.
+    When not to use it: where the value of f, warm starts or the info of the solves are wanted
+    beside the gradient (`hypergradient`); for a cheap loop of a few steps that JAX may as well
+    differentiate.
     Programs that call back to the host cannot be exported by `jax.export`: a solver of `from_host`,
     and derivatives under `on_failure` "warn" or "raise".
 
@@ -99,15 +100,15 @@ def fixed_point(
             derivative is zero by construction.
         on_failure: What becomes of derivatives when the solve behind them failed, that is missed its
             tolerance or broke down: "nan" (each element of a batch by itself), "warn", "raise", or
-            "ignore". Exact `num_steps` never fail for lack of accuracy. "warn" and "raise" call back
-            to the host.
+            "ignore". Exact `num_steps` never fail for lack of accuracy. "warn" and "raise" call
+            back to the host.
 
     Returns:
         A decorator of solvers `solver(w0, *args, **kwargs) -> w`.
 
     Raises:
-        TypeError: `phi` or the solver is not callable, `estimator` is not an `Estimator`, `has_aux` not
-            a bool; when called, Φ(w) differs from w in structure, shapes or dtypes.
+        TypeError: `phi` or the solver is not callable, `estimator` is not an `Estimator`, `has_aux`
+            not a bool; when called, Φ(w) differs from w in structure, shapes or dtypes.
         ValueError: `on_failure` is none of the four.
 
     >>> import fixedgrad as fg

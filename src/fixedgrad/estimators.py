@@ -52,8 +52,8 @@ def itd() -> Estimator:
     mode needs a loop of static length, such as `picard` with `num_steps`; for a `while_loop` JAX has
     forward mode only.
 
-    Assumed, not checked: for the bound, that the solver iterates Φ, from a w₀ that does not depend on
-    λ. Any other solver is differentiated as it is.
+    Assumed, not checked: for the bound, that the solver iterates Φ, from a w₀ that does not depend
+    on λ. Any other solver is differentiated as it is.
 
     Cost: reverse, about t products with Jᵀ, forward t products with J for each tangent. Memory:
     reverse, all t iterates; forward 2 w for each tangent, whatever t.
@@ -168,8 +168,8 @@ def aid(linear_solver: LinearSolver) -> Estimator:
     higher derivatives are implicit too.
 
     Assumed, not checked: Φ is continuously differentiable at w, I − J is invertible there, and w is
-    near w(λ): its distance enters the error (Theorem 2.2). A tolerance of the lower-level solver, or
-    `checked`, has the last of these checked; what the linear solver needs of J it says itself.
+    near w(λ): its distance enters the error (Theorem 2.2). A tolerance of the lower-level solver,
+    or `checked`, has the last of these checked; what the linear solver needs of J it says itself.
 
     Cost: the products of the linear solver with Jᵀ (J), one with Bᵀ (B), one linearisation of Φ.
     Memory: w and the vectors of the linear solver, whatever the number of iterations.
@@ -231,11 +231,11 @@ def forward(estimator: Estimator) -> Estimator:
     by transposing its linear solve, which runs the same linear solver on Jᵀ. So `grad` gives the same
     numbers as without `forward`, to rounding.
 
-    `itd()` has every mode by itself and is returned as it is; the explicit form, `hypergradient`, takes
-    reverse mode only and sees no difference.
+    `itd()` has every mode by itself and is returned as it is; the explicit form, `hypergradient`,
+    takes reverse mode only and sees no difference.
 
-    Assumed, not checked: the linear solver is as right for J as for Jᵀ; the `jvp` of an estimator of
-    your own is linear in the tangents, as JAX must transpose it, and agrees with its `bwd`.
+    Assumed, not checked: the linear solver is as right for J as for Jᵀ; the `jvp` of an estimator
+    of your own is linear in the tangents, as JAX must transpose it, and agrees with its `bwd`.
 
     Cost: as the estimator's; forward mode one solve for each tangent. Memory: as the estimator's in
     reverse mode; `itd` in forward mode holds no iterates.

@@ -157,8 +157,8 @@ def hypergradient(
     function and works under `jit`, `vmap` and `lax.scan`.
 
     The gradient is with respect to the inexact leaves of the first argument after the state, λ, of
-    which there must be one; integers and keys ride along and get `float0` zeros. Further arguments are
-    data. What the functions close over is not differentiated.
+    which there must be one; integers and keys ride along and get `float0` zeros. Further arguments
+    are data. What the functions close over is not differentiated.
 
     Cost: the solver, one E with its gradient, the estimator, and one Φ for the true residual.
     Memory: w, v and the estimator's.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from .realify import steepest_ascent
 from .types import Phi, PyTree, Scalar, check_callable, check_number, check_scalar, shapes_of
 
 Loss = Callable[..., jax.Array]
@@ -51,8 +52,8 @@ def gradient_descent(loss: Loss, *, step_size: StepSize) -> Phi:
     Assumed, not checked: 0 < α < 2/L.
 
     Cost: one gradient. Memory: w and its gradient.
-    When not to use it: as the iteration for large κ, where `heavy_ball` or `nesterov` needs about √κ
-    in place of κ steps; as the Φ of `aid` it still serves. Nor for a loss with kinks:
+    When not to use it: as the iteration for large κ, where `heavy_ball` or `nesterov` needs about
+    √κ in place of κ steps; as the Φ of `aid` it still serves. Nor for a loss with kinks:
     `proximal_gradient`.
 
     Args:
@@ -92,12 +93,12 @@ def heavy_ball(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
     may grow at first. J is not symmetric, so `cg` is wrong with this Φ: give AID the
     `gradient_descent` map, which has the same fixed point.
 
-    Assumed, not checked: ℓ is a strongly convex quadratic with largest eigenvalue L, or close to one,
-    and α < 2 (1 + β)/L.
+    Assumed, not checked: ℓ is a strongly convex quadratic with largest eigenvalue L, or close to
+    one, and α < 2 (1 + β)/L.
 
     Cost: one gradient. Memory: 2 w, the state is `Momentum(w, previous)`.
-    When not to use it: far from a quadratic. There are smooth strongly convex ℓ on which it cycles for
-    ever with the constants of `optimal_heavy_ball`; take `nesterov`.
+    When not to use it: far from a quadratic. There are smooth strongly convex ℓ on which it cycles
+    for ever with the constants of `optimal_heavy_ball`; take `nesterov`.
 
     Args:
         loss: `loss(w, *args, **kwargs) -> scalar`.
@@ -108,8 +109,8 @@ def heavy_ball(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
         `phi(state, *args, **kwargs) -> state` with a `Momentum` state.
 
     Raises:
-        TypeError: `loss` is not callable; when called, it does not return a real scalar, or the state
-            is not a pair.
+        TypeError: `loss` is not callable; when called, it does not return a real scalar, or the
+            state is not a pair.
         ValueError: `step_size` is not a finite number > 0, or, when called, its value is not;
             `momentum` is not in [0, 1).
 
@@ -119,8 +120,8 @@ def heavy_ball(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
 
     References:
         Polyak, Introduction to Optimization, 1987; Grazzi et al., ICML 2020, section 2.1, case (b);
-        Lessard, Recht, Packard, Analysis and Design of Optimization Algorithms via Integral Quadratic
-        Constraints, 2016 (the cycle).
+        Lessard, Recht, Packard, Analysis and Design of Optimization Algorithms via Integral
+        Quadratic Constraints, 2016 (the cycle).
     """
     check_callable("heavy_ball", "loss", loss, "loss(w, *args) -> scalar")
     alpha, beta = _step_size("heavy_ball", step_size), _momentum("heavy_ball", momentum)
@@ -137,9 +138,9 @@ def heavy_ball(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
 def nesterov(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
     """Nesterov's method with constant momentum: y = w + β (w − w₋), Φ = (y − α ∇₁ℓ(y, λ), w).
 
-    For α = 1/L and β = (√κ − 1)/(√κ + 1) the rate is 1 − 1/√κ: of w on quadratics, of the values of ℓ
-    on any ℓ that is μ-strongly convex and L-smooth, κ = L/μ. J is not symmetric (see `heavy_ball` for
-    what follows), and the contraction is not in the Euclidean norm.
+    For α = 1/L and β = (√κ − 1)/(√κ + 1) the rate is 1 − 1/√κ: of w on quadratics, of the values of
+    ℓ on any ℓ that is μ-strongly convex and L-smooth, κ = L/μ. J is not symmetric (see `heavy_ball`
+    for what follows), and the contraction is not in the Euclidean norm.
 
     Assumed, not checked: 0 < α ≤ 1/L.
 
@@ -156,8 +157,8 @@ def nesterov(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
         `phi(state, *args, **kwargs) -> state` with a `Momentum` state.
 
     Raises:
-        TypeError: `loss` is not callable; when called, it does not return a real scalar, or the state
-            is not a pair.
+        TypeError: `loss` is not callable; when called, it does not return a real scalar, or the
+            state is not a pair.
         ValueError: `step_size` is not a finite number > 0, or, when called, its value is not;
             `momentum` is not in [0, 1).
 
@@ -188,11 +189,12 @@ def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Phi:
     although I − J is often well conditioned: `fp`, `gmres`, `normal_cg` or `dense`. At kinks (an
     entry at a threshold) Φ is not differentiable and the derivative is one of several.
 
-    Assumed, not checked: `prox` is the proximal map of αg with g convex, ℓ is L-smooth, 0 < α < 2/L,
-    and w(λ) is not at a kink.
+    Assumed, not checked: `prox` is the proximal map of αg with g convex, ℓ is L-smooth,
+    0 < α < 2/L, and w(λ) is not at a kink.
 
     Cost: one gradient and one prox. Memory: w and its gradient, and that of the prox.
-    When not to use it: where g is smooth. `gradient_descent` on ℓ + g has a symmetric J, hence `cg`.
+    When not to use it: where g is smooth. `gradient_descent` on ℓ + g has a symmetric J, hence
+    `cg`.
 
     Args:
         loss: The smooth part, `loss(w, *args, **kwargs) -> scalar`.
@@ -214,7 +216,8 @@ def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Phi:
 
     References:
         Combettes, Wajs, Signal Recovery by Proximal Forward-Backward Splitting, 2005; Bertrand et
-        al., Implicit Differentiation of Lasso-type Models for Hyperparameter Optimization, ICML 2020.
+        al., Implicit Differentiation of Lasso-type Models for Hyperparameter Optimization, ICML
+        2020.
     """
     check_callable("proximal_gradient", "loss", loss, "loss(w, *args) -> scalar")
     check_callable("proximal_gradient", "prox", prox, "prox(v, step_size, *args) -> w")
@@ -232,16 +235,17 @@ def damped(phi: Phi, *, damping: Scalar) -> Phi:
     """The damped map: Φ_δ(w, λ) = δ w + (1 − δ) Φ(w, λ), with the fixed points of Φ.
 
     With J the Jacobian of Φ, its own is J_δ = δI + (1 − δ)J. For a δ close enough to 1 the spectral
-    radius of J_δ is below 1 wherever the eigenvalues of J have real parts below 1, as large as they may
-    be on the left. It cannot help an eigenvalue of J right of 1.
+    radius of J_δ is below 1 wherever the eigenvalues of J have real parts below 1, as large as they
+    may be on the left. It cannot help an eigenvalue of J right of 1.
 
     As I − J_δ = (1 − δ)(I − J) and ∂₂Φ_δ = (1 − δ) ∂₂Φ, w'(λ) is that of Φ.
 
     Assumed, not checked: that δ is close enough to 1.
 
     Cost: one Φ. Memory: that of Φ, and w.
-    When not to use it: where Φ contracts with a constant q, as the bound becomes δ + (1 − δ) q > q; for
-    the linear solve of `aid` by `cg`, `gmres` or `dense`, to which I − J and its multiple are alike.
+    When not to use it: where Φ contracts with a constant q, as the bound becomes δ + (1 − δ) q > q;
+    for the linear solve of `aid` by `cg`, `gmres` or `dense`, to which I − J and its multiple are
+    alike.
 
     Args:
         phi: The map to damp.
@@ -279,8 +283,8 @@ def optimal_step_size(L: Scalar, mu: Scalar) -> GradientDescentConstants:
 
     For ℓ μ-strongly convex and L-smooth, α = 2/(L + μ) gives q = (κ − 1)/(κ + 1), κ = L/μ.
 
-    Assumed, not checked: that ℓ has these constants. With an `L` that is too small Φ may expand; with
-    a `mu` that is too large Φ contracts, but not by `q`.
+    Assumed, not checked: that ℓ has these constants. With an `L` that is too small Φ may expand;
+    with a `mu` that is too large Φ contracts, but not by `q`.
 
     Cost: a few operations on scalars.
     When not to use it: for a loss that is convex only, where 1/L is usual and there is no q.
@@ -312,9 +316,9 @@ def optimal_heavy_ball(L: Scalar, mu: Scalar) -> HeavyBallConstants:
 
     α = 4/(√L + √μ)², β = ((√L − √μ)/(√L + √μ))², rate q = √β = (√κ − 1)/(√κ + 1).
 
-    Assumed, not checked: the Hessian is constant, with these eigenvalues. q is the spectral radius of
-    J, no contraction constant in the Euclidean norm: the bounds of `fixedgrad.bounds` do not hold with
-    it.
+    Assumed, not checked: the Hessian is constant, with these eigenvalues. q is the spectral radius
+    of J, no contraction constant in the Euclidean norm: the bounds of `fixedgrad.bounds` do not
+    hold with it.
 
     Cost: a few operations on scalars.
     When not to use it: for other losses; see `heavy_ball`.
@@ -347,10 +351,7 @@ def _gradient(where: str, loss: Loss, w: PyTree, *args: PyTree, **kwargs: PyTree
         check_scalar(where, value, "loss")
         return value
 
-    # The conjugate: `jax.grad` of a real function of complex w is the conjugate of the direction
-    # of steepest ascent.
-    gradient = jax.grad(scalar_loss, allow_int=True)(w)
-    return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, gradient)
+    return steepest_ascent(jax.grad(scalar_loss, allow_int=True)(w))
 
 
 def _descend(w: PyTree, step: Scalar, direction: PyTree) -> PyTree:
@@ -402,5 +403,6 @@ def _momentum(where: str, momentum: Scalar) -> Scalar:
 def _check_constants(where: str, L: Scalar, mu: Scalar) -> None:
     if isinstance(L, Tracer) or isinstance(mu, Tracer):
         return
-    if not bool(jnp.all((jnp.asarray(mu) > 0) & (jnp.asarray(L) >= jnp.asarray(mu)))):
-        raise ValueError(f"`{where}` needs 0 < `mu` <= `L`, got L={L!r}, mu={mu!r}.")
+    low, high = jnp.asarray(mu), jnp.asarray(L)
+    if not bool(jnp.all((low > 0) & (high >= low) & jnp.isfinite(high))):
+        raise ValueError(f"`{where}` needs 0 < `mu` <= `L`, both finite, got L={L!r}, mu={mu!r}.")

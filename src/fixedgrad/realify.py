@@ -64,6 +64,11 @@ def norm(tree: PyTree) -> jax.Array:
     return jnp.asarray(optax.tree.norm(to_real(inexact)), real_dtype(inexact))
 
 
+def steepest_ascent(gradient: PyTree) -> PyTree:
+    """The direction in which a real function grows fastest: the conjugate of what `jax.grad` gives."""
+    return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, gradient)
+
+
 def _leaves(tree: PyTree) -> list[jax.Array]:
     leaves = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in jax.tree.leaves(tree)]
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]

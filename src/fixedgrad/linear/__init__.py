@@ -11,10 +11,10 @@ and J in forward mode. All of them
 
 M itself takes its products in the dtype of `b`, and at the precision at which it was traced.
 
-Assumed, not checked, by all of them: `matvec` is linear. I − M is invertible, where b happens to lie in
-its range: the answer is then one of many, and only `dense` sees it. Exact `num_steps` suffice: nothing
-but `info.residual` tells. ‖I − M‖ ≤ 2, as for a contraction, where a residual is judged to be at the
-floor.
+Assumed, not checked, by all of them: `matvec` is linear. I − M is invertible, where b happens to
+lie in its range: the answer is then one of many, and only `dense` sees it. Exact `num_steps`
+suffice: nothing but `info.residual` tells. ‖I − M‖ ≤ 2, as for a contraction, where a residual is
+judged to be at the floor.
 
 Norms and inner products are those of one element of a batch, or of one device's part in a `shard_map`.
 Where M mixes these by a collective over them, take `fp`, or a tolerance: it is met by the true residual

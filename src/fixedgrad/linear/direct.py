@@ -79,11 +79,12 @@ def from_lineax(solver: Any) -> LinearSolver:
 
     Cost: the solver's products, and two more, for the residuals of the start and of the result.
     Memory: the solver's.
-    Not for solvers that need to be told a structure, such as `lineax.Cholesky` or `lineax.Diagonal`:
-    the operator has no tags, and lineax refuses. Nor where Φ holds collectives in a `shard_map`, which
-    JAX refuses. Where one of `fp`, `cg`, `gmres`, `bicgstab`, `dense` will do, its status says more.
-    Assumed, not checked: for `lineax.CG`, that I − M is positive semidefinite, as it is tagged then;
-    only the residual of the result is looked at.
+    Not for solvers that need to be told a structure, such as `lineax.Cholesky` or
+    `lineax.Diagonal`: the operator has no tags, and lineax refuses. Nor where Φ holds collectives
+    in a `shard_map`, which JAX refuses. Where one of `fp`, `cg`, `gmres`, `bicgstab`, `dense` will
+    do, its status says more.
+    Assumed, not checked: for `lineax.CG`, that I − M is positive semidefinite, as it is tagged
+    then; only the residual of the result is looked at.
 
     Args:
         solver: A `lineax.AbstractLinearSolver` for square operators.

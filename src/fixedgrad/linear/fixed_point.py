@@ -25,8 +25,8 @@ def fp(
     Cost: one product a step (the first of them is free when `x0` is `None`). Memory: 2 vectors.
     Not for ρ(M) ≥ 1, where it diverges (status `GROWING` or `DIVERGED`); slow for q near 1, where
     `cg` (symmetric) or `gmres` needs about the square root of its steps.
-    Assumed, not checked: ρ(M) < 1, with exact `num_steps`. Growth is then reported as `GROWING`, which
-    is no failure; one step shows none.
+    Assumed, not checked: ρ(M) < 1, with exact `num_steps`. Growth is then reported as `GROWING`,
+    which is no failure; one step shows none.
 
     Args:
         num_steps: Exactly that many steps.

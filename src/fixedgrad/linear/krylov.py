@@ -28,8 +28,8 @@ def gmres(
 
     Cost: one product a step, one more a cycle; up to 4 `restart` vector operations a step. Memory:
     `restart` + 4 vectors, 2 more with a tolerance.
-    Not where I − M is symmetric positive definite: `cg` does the same with 5 vectors. Short restarts
-    can stagnate (status `MAX_STEPS`): lengthen them or use `dense`.
+    Not where I − M is symmetric positive definite: `cg` does the same with 5 vectors. Short
+    restarts can stagnate (status `MAX_STEPS`): lengthen them or use `dense`.
     Assumed, not checked: that exact `num_steps` make way. Cycles that stagnate are then reported as
     `FIXED_STEPS`, and the residual shows it.
 
@@ -99,11 +99,11 @@ def bicgstab(
     SciPy do not; without breakdowns its steps are theirs.
 
     Cost: two products a step, one more for the residual. Memory: 8 vectors, 10 with a tolerance.
-    Not where I − M is symmetric positive definite (`cg`), nor for nearly skew-symmetric I − M, where
-    it makes no way and `gmres` does.
-    Assumed, not checked: that exact `num_steps` make way. A breakdown that even a new beginning does
-    not get past, be it that I − M is singular, is then reported as `FIXED_STEPS`; the residual shows
-    it.
+    Not where I − M is symmetric positive definite (`cg`), nor for nearly skew-symmetric I − M,
+    where it makes no way and `gmres` does.
+    Assumed, not checked: that exact `num_steps` make way. A breakdown that even a new beginning
+    does not get past, be it that I − M is singular, is then reported as `FIXED_STEPS`; the residual
+    shows it.
 
     Args:
         num_steps: Exactly that many steps, fewer on a breakdown or at an exact solution.

@@ -11,6 +11,7 @@ from jax import lax
 
 from ..failure import check_on_failure
 from ..packing import SOLVED, check_arrays, check_phi, split_static
+from ..realify import steepest_ascent
 from ..types import (
     OnFailure,
     Phi,
@@ -49,8 +50,9 @@ def checked(
     ‖w − w(λ)‖ ≤ ‖Φ(w) − w‖/(1 − q).
 
     Cost: one Φ. Memory: one w.
-    When not to use it: on `picard` and `anderson` with a tolerance, which say it themselves, and whose
-    info would be lost; on a few steps that are meant to be few, which would count as a failure.
+    When not to use it: on `picard` and `anderson` with a tolerance, which say it themselves, and
+    whose info would be lost; on a few steps that are meant to be few, which would count as a
+    failure.
 
     Args:
         solver: `solver(w0, *args, **kwargs) -> w`.
@@ -64,8 +66,8 @@ def checked(
 
     Raises:
         TypeError: `solver` or `phi` is not callable; when called, Φ(w) does not look like w.
-        ValueError: `rtol` is not in [0, 1), `atol` is negative or not finite, or `on_failure` is none
-            of the four.
+        ValueError: `rtol` is not in [0, 1), `atol` is negative or not finite, or `on_failure` is
+            none of the four.
 
     >>> solver = checked(lambda w0, lam: w0 + lam, lambda w, lam: 0.5 * w + lam, rtol=1e-6)
     >>> w, info = solver.with_info(0.0, 1.0)
@@ -97,10 +99,11 @@ def from_host(function: Callable[..., PyTree]) -> Solver:
     Assumed, not checked: the function has no side effects: it may be called more or less often than
     the program seems to say. It does not call JAX, and its w is a fixed point of Φ (`checked`).
 
-    Cost: the function, a copy of its arguments to the host and of w back. Memory: these, on the host.
+    Cost: the function, a copy of its arguments to the host and of w back. Memory: these, on the
+    host.
     When not to use it: for `itd`; on devices without host callbacks; in a program for `jax.export`,
-    which exports no host callback; for a solver that could be JAX, since a batch is solved one element
-    after another.
+    which exports no host callback; for a solver that could be JAX, since a batch is solved one
+    element after another.
 
     Args:
         function: `function(w0, *args, **kwargs) -> w` on NumPy arrays, w like w0 in structure,
@@ -111,8 +114,8 @@ def from_host(function: Callable[..., PyTree]) -> Solver:
 
     Raises:
         TypeError: `function` is not callable; when differentiated itself, as by `itd`.
-        jax.errors.JaxRuntimeError: When called: the function raised, or its w is not like w0; the text
-            holds the reason.
+        jax.errors.JaxRuntimeError: When called: the function raised, or its w is not like w0; the
+            text holds the reason.
 
     >>> solver = from_host(lambda w0, lam: (2.0 * lam).astype(w0.dtype))
     >>> float(solver(jnp.zeros(()), 3.0))
@@ -163,13 +166,12 @@ def from_optax(
     Assumed, not checked: that the steps suffice (`checked` with that map tells).
 
     Cost: one gradient a step. Memory: w and the state of the optimiser (all of them under `itd`).
-    When not to use it: to stop by a tolerance, which `picard` and `anderson` do. For complex w: the
-    optimiser gets `jax.grad`, the conjugate of steepest ascent, and ascends in the imaginary part.
+    When not to use it: to stop by a tolerance, which `picard` and `anderson` do.
 
     Args:
         loss: `loss(w, *args, **kwargs) -> scalar`.
-        optimizer: An optax optimiser that asks for nothing but gradients, state and w; a line search
-            asks for the value too.
+        optimizer: An optax optimiser that asks for nothing but gradients, state and w; a line
+            search asks for the value too.
         num_steps: The number of steps.
 
     Returns:
@@ -199,7 +201,7 @@ def from_optax(
 
         def step(_: jax.Array, carry: Any) -> Any:
             w, state = carry
-            updates, state = optimizer.update(jax.grad(scalar_loss)(w), state, w)
+            updates, state = optimizer.update(steepest_ascent(jax.grad(scalar_loss)(w)), state, w)
             return optax.apply_updates(w, updates), state
 
         return lax.fori_loop(0, num_steps, step, (w0, optimizer.init(w0)))[0]

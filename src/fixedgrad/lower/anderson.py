@@ -46,8 +46,8 @@ def anderson(
 
     Assumed, not checked: every leaf of w is inexact.
 
-    Cost: one Φ a step, one more at the end, and `window`² inner products a step. Memory: 2 `window` + 4
-    w, one more with a tolerance.
+    Cost: one Φ a step, one more at the end, and `window`² inner products a step.
+    Memory: 2 `window` + 4 w, one more with a tolerance.
     Not needed for small q; of no use on strongly non-linear maps far from the fixed point.
 
     Args:

@@ -29,8 +29,8 @@ def picard(
     static length, which reverse mode can differentiate (`itd`). With `max_steps` it is a
     `while_loop` that ends when ‖Φ(w) − w‖ ≤ max(rtol ‖Φ(w)‖, atol), or at the floor of the dtype.
 
-    Assumed, not checked: with exact `num_steps`, that they suffice; `with_info` has the residual, for
-    one Φ more.
+    Assumed, not checked: with exact `num_steps`, that they suffice; `with_info` has the residual,
+    for one Φ more.
 
     Cost: one Φ a step, one more with a tolerance. Memory: w, 2 w with a tolerance (t of them under
     reverse-mode `itd`).
