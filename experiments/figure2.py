@@ -128,8 +128,8 @@ def _sizes(options: argparse.Namespace) -> Sizes:
     if options.quick:
         sizes = Sizes(60, 60, 16, 5, 4, 2, 1, 0.5, (0.1, 0.5), 2)
     elif options.full:
-        rates = (1e-3, 1e-2, 0.1, 0.3, 0.5, 1.0)
-        sizes = Sizes(1000, 1000, 200, 20, 150, 10, 2, 0.5, rates, 40)
+        rates = (1e-3, 1e-2, 0.1, 0.5, 1.0)
+        sizes = Sizes(5000, 5000, 200, 20, 400, 20, 3, 0.5, rates, 60)
     else:
         sizes = Sizes(500, 500, 64, 20, 60, 10, 2, 0.5, (1e-2, 0.1, 0.5, 1.0), 40)
     given = {k: getattr(options, k) for k in ("images", "hidden", "steps", "seeds")}

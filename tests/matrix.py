@@ -42,6 +42,10 @@ def _fori_loop(w0: jax.Array, lam: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, 70, lambda _, w: phi(w, lam), w0)
 
 
+def _scan(w0: jax.Array, lam: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda w, _: (phi(w, lam), None), w0, None, length=70)[0]
+
+
 def _while_loop(w0: jax.Array, lam: jax.Array) -> jax.Array:
     def unfinished(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         return jnp.max(jnp.abs(pair[1] - pair[0])) > 1e-15
@@ -58,6 +62,7 @@ def _numpy(w0: np.ndarray, lam: np.ndarray) -> np.ndarray:
 
 SOLVERS: dict[str, fg.Solver] = {
     "fori_loop": _fori_loop,
+    "scan": _scan,
     "while_loop": _while_loop,
     "pure_callback": fg.from_host(_numpy),
 }

@@ -60,11 +60,12 @@ def by_hand(hypergrad, optimizer, w0, lam, *args, num_steps, project=lambda lam:
     """The outer loop as one would write it in Python: λ after each step, f and ‖g‖ before it."""
     update = jax.jit(hypergrad.update)
     optimizer = optax.with_extra_args_support(optimizer)
+    improve = jax.jit(optimizer.update)
     hyper, state = hypergrad.init(w0, lam, *args, **kwargs), optimizer.init(lam)
     lams, values, norms = [], [], []
     for _ in range(num_steps):
         gradient, hyper = update(hyper, lam, *args, **kwargs)
-        updates, state = optimizer.update(gradient, state, lam, value=hyper.value)
+        updates, state = improve(gradient, state, lam, value=hyper.value)
         lam = project(optax.apply_updates(lam, updates))
         lams.append(lam)
         values.append(hyper.value)
@@ -83,7 +84,8 @@ def by_hand(hypergrad, optimizer, w0, lam, *args, num_steps, project=lambda lam:
         optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.add_decayed_weights(0.01),
-            optax.sgd(optax.exponential_decay(0.2, 5, 0.5)),
+            # Schedules are in float32: one without a power, whose rounding is the compiler's.
+            optax.sgd(optax.piecewise_constant_schedule(0.25, {4: 0.5, 8: 0.5})),
         ),
         optax.polyak_sgd(),
         optax.chain(optax.sgd(0.24), optax.contrib.reduce_on_plateau(patience=1, factor=0.5)),
@@ -511,7 +513,7 @@ def tolerant(start):
     solver = fg.picard(ROOT.phi, max_steps=200, rtol=1e-9)
     estimator = fg.aid(fg.fp(max_steps=200, rtol=1e-9))
     return fg.bilevel(
-        fg.hypergradient(ROOT.outer, ROOT.phi, solver, estimator, start=start), optax.sgd(1e-3)
+        fg.hypergradient(ROOT.outer, ROOT.phi, solver, estimator, start=start), optax.sgd(1e-5)
     )
 
 
@@ -635,9 +637,10 @@ def test_data_and_integers_in_lam_reach_every_kind_of_hypergradient(hypergrad):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [optax.sgd(0.05, momentum=0.5), optax.adam(0.1)], ids=["sgd", "adam"]
+    ("optimizer", "project"),
+    [(optax.sgd(0.05, momentum=0.5), False), (optax.adam(0.1), True)],
+    ids=["sgd", "adam-projected"],
 )
-@pytest.mark.parametrize("project", [False, True], ids=["free", "projected"])
 @pytest.mark.usefixtures("as_users_run")
 def test_integers_keys_and_none_in_lam_come_out_unchanged_and_the_rest_moves_as_without(
     optimizer, project, key

@@ -8,7 +8,17 @@ import pytest
 from jax import lax
 
 import fixedgrad as fg
-from problems import PROBLEM, assert_close, like, matrix, outer, solver_of
+from problems import (
+    ESTIMATORS,
+    PROBLEM,
+    RULES,
+    assert_close,
+    like,
+    matrix,
+    named,
+    outer,
+    solver_of,
+)
 
 EPS = float(jnp.finfo(jnp.float64).eps)
 CLOSE = 2**10 * EPS
@@ -16,10 +26,12 @@ CLOSE = 2**10 * EPS
 ROOT = PROBLEM["square root"]  # w = √λ, so that dw/dλ = ½ λ^(−½) entry by entry.
 SLOPES = 0.5 / np.sqrt(ROOT.lam)
 REVERSE, FORWARD = fg.aid(fg.fp(num_steps=70)), fg.forward(fg.aid(fg.fp(num_steps=70)))
-EACH = pytest.mark.parametrize(
+EACH = pytest.mark.parametrize("estimator", [row.estimator for row in RULES], ids=map(named, RULES))
+# Where the arguments reach the products with Jᵀ, every linear solver too. All of `ESTIMATORS`, with
+# every option of a linear solver, would take half a minute more.
+EVERY = pytest.mark.parametrize(
     "estimator",
-    [fg.itd(), fg.truncated_itd(num_steps=70), REVERSE, FORWARD],
-    ids=["itd", "truncated_itd", "aid", "forward"],
+    [pytest.param(r.estimator, id=named(r)) for r in ESTIMATORS if r.everywhere or r.rule],
 )
 
 
@@ -84,7 +96,7 @@ def test_solver_that_is_a_while_loop_is_differentiated():
 # Arguments of every kind.
 
 
-@EACH
+@EVERY
 def test_keyword_arguments_in_any_order_give_the_same_gradient_without_tracing_again(estimator):
     def phi(w, *, lam, scale):
         return w - 0.25 * (w**2 - scale * lam)
@@ -99,7 +111,7 @@ def test_keyword_arguments_in_any_order_give_the_same_gradient_without_tracing_a
     assert counted.calls == traced > 0
 
 
-@EACH
+@EVERY
 def test_data_is_a_differentiable_argument_like_any_other(estimator):
     x, y = jnp.asarray(matrix(30, 1.0, 5, 3)), jnp.cos(jnp.arange(5.0))
 
@@ -423,9 +435,8 @@ def test_memory_of_aid_does_not_grow_with_the_iterations_and_that_of_itd_does():
 # Auxiliary output.
 
 
-@EACH
+@EVERY
 def test_auxiliary_output_is_returned_and_detached(estimator):
-
     @fg.fixed_point(ROOT.phi, estimator, has_aux=True)
     def solve(w0, lam):
         w = fg.picard(ROOT.phi, num_steps=70)(w0, lam)

@@ -1,6 +1,8 @@
 """Every experiment at its smallest size, and the machinery that they share."""
 
+import contextlib
 import functools
+import io
 import json
 import subprocess
 import sys
@@ -17,28 +19,57 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
-from experiments import convergence, report
+from sklearn import datasets
+
+from experiments import convergence, data, report
 from experiments.__main__ import NAMES, main
 
 # What makes an experiment smaller still than `--quick` does.
 SMALLER = {"figure1": ["--settings", "lr", "br"]}
+# The data sets that an experiment loads, but those inside scikit-learn, which are always there.
+NEEDS = {
+    "table1": ("parkinsons", "fashion_mnist", "news20"),
+    "memory": ("news20",),
+    "figure2": ("mnist",),
+    "conv_eqm": ("mnist",),
+}
+
+
+def is_here(dataset: str) -> bool:
+    try:
+        data.load(dataset)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def run(name: str, out: Path, *options: str) -> dict:
+    """The results of an experiment; a skip where it stops for want of a data set, and only there."""
+    errors = io.StringIO()
     # As a user runs them: optax's Adam does not pass the strict promotion of these tests.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        contextlib.redirect_stderr(errors),
+    ):
         code = main([name, "--quick", "--out", str(out), *SMALLER.get(name, []), *options])
-    if code == 2:
-        pytest.skip(f"`{name}` needs data that is not here")
-    assert code == 0
+    if code == 2 and f"`{name}` stops: " in errors.getvalue():
+        absent = [dataset for dataset in NEEDS.get(name, ()) if not is_here(dataset)]
+        if absent:
+            pytest.skip(f"`{name}` needs the data of {', '.join(absent)}: set FIXEDGRAD_DATA")
+    assert code == 0, errors.getvalue()
     return json.loads((out / "results.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
 def offline(monkeypatch):
     """No test downloads anything: data is read from where it is, or the test is skipped."""
-    for scheme in ("http", "https"):
-        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
+
+    def refuse(*args, **kwargs):
+        raise OSError(f"no network in tests: {args} {kwargs}")
+
+    monkeypatch.setattr(datasets, "fetch_openml", refuse)
+    monkeypatch.setattr(datasets, "fetch_20newsgroups", refuse)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,6 +83,48 @@ def test_quick_run_keeps_its_claims_and_writes_its_results(name, tmp_path, capsy
     printed = capsys.readouterr().out
     assert record["claims"]
     assert all(claim["claim"] in printed for claim in record["claims"])
+
+
+@pytest.mark.usefixtures("offline")
+def test_table1_runs_in_parts(tmp_path):
+    part = ("--only", "parkinson", "--steps", "4", "--methods")
+    for methods in (["cg_k"], ["fp_k", "cg_k"]):  # The second run goes on from the first one's end.
+        rows = run("table1", tmp_path, *part, *methods)["results"]["rows"]
+        assert {row["data"] for row in rows} == {"parkinson"}
+        assert sorted(row["method"] for row in rows) == sorted(methods)
+
+
+@pytest.fixture
+def no_data(monkeypatch, tmp_path):
+    monkeypatch.delenv("FIXEDGRAD_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("offline", "no_data")
+def test_only_absent_data_is_a_reason_to_skip(tmp_path, monkeypatch):
+    with pytest.raises(pytest.skip.Exception, match="the data of news20: set FIXEDGRAD_DATA"):
+        run("memory", tmp_path)
+
+    def stops(arguments):
+        print(f"`{arguments[0]}` stops: no such file", file=sys.stderr)
+        return 2
+
+    def refuses(arguments):
+        print(f"`{arguments[0]}` needs the package `orbax`", file=sys.stderr)
+        return 2
+
+    # A file that is no data set, of an experiment that needs none, ...
+    monkeypatch.setattr(sys.modules[__name__], "main", stops)
+    with pytest.raises(AssertionError, match="no such file"):
+        run("quickstart", tmp_path)
+    # ... or where the data are all there; and a package that is missing, data or not.
+    monkeypatch.setattr(data, "load", lambda name: None)
+    with pytest.raises(AssertionError, match="no such file"):
+        run("memory", tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(sys.modules[__name__], "main", refuses)
+    with pytest.raises(AssertionError, match="needs the package"):
+        run("memory", tmp_path)
 
 
 def test_the_same_seed_gives_the_same_results(tmp_path):

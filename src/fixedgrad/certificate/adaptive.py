@@ -31,11 +31,14 @@ from .certify import Certificate, assess
 from .dual_weighted import (
     Packed,
     Products,
+    Seen,
     check_factory,
     dual_weighted,
     krylov,
     lagrangian,
+    nothing_seen,
     pack,
+    ratio,
     single,
 )
 from .newton import LOOSE, newton_krylov, products_of
@@ -112,19 +115,25 @@ def adaptive_hypergradient(
     check_on_failure(where, on_failure)
 
     def start(packed: Packed, w: PyTree, v: PyTree) -> _Round:
+        tau = jnp.zeros_like(norm(w))
+        seen = nothing_seen(tau)
+
         def like() -> Certificate:
             return assess(
                 packed,
-                single(packed, dual_weighted(packed, w, v, linear_solver, LOOSE, split=False)),
+                single(
+                    packed,
+                    dual_weighted(packed, w, v, linear_solver, LOOSE, seen, split=False),
+                    seen,
+                ),
                 None,
                 safety,
             )
 
         certificate = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(like))
         zero, false = jnp.int32(0), jnp.asarray(False)
-        tau = jnp.zeros_like(norm(w))
         spent = Products(zero, zero, zero)
-        return _Round(w, v, tau, tau, certificate, spent, zero, false, false)
+        return _Round(w, v, tau, tau, seen, certificate, spent, zero, false, false)
 
     def one_round(packed: Packed, s: _Round) -> _Round:
         dtype = norm(s.w).dtype
@@ -132,12 +141,13 @@ def adaptive_hypergradient(
         # enough, and one round will do.
         goal = jnp.asarray(rtol, dtype)
         goal = jnp.where(s.rounds == 0, 0.5 * jnp.where(goal > 0, goal, LOOSE), 0.0)
-        w, spent = newton_krylov(
+        w, gain_w, left_w, spent = newton_krylov(
             packed, s.w, s.tau_w, s.products, linear_solver, max_products, goal
         )
-        v, spent = _bring_down(packed, w, s.v, s.tau_v, spent, linear_solver, goal)
-        p = dual_weighted(packed, w, v, linear_solver, LOOSE, split=False)
-        c = single(packed, p)
+        v, gain_v, left_v, spent = _bring_down(packed, w, s.v, s.tau_v, spent, linear_solver, goal)
+        seen = s.seen.then(Seen(gain_w, gain_v, left_w, left_v))
+        p = dual_weighted(packed, w, v, linear_solver, LOOSE, seen, split=False)
+        c = single(packed, p, seen)
         spent = jax.tree.map(jnp.add, spent, c.products)
         certificate = assess(packed, c, None, safety)._replace(products=spent)
         tol = jnp.maximum(
@@ -155,7 +165,7 @@ def adaptive_hypergradient(
         shrink_w = jnp.minimum(0.5, share_w / jnp.maximum(certificate.lower_part, share_w))
         shrink_v = jnp.minimum(0.9, share_v / jnp.maximum(certificate.linear_part, share_v))
         shrink_w = jnp.where(certificate.valid, shrink_w, LOOSE)
-        shrink_v = jnp.where(certificate.valid, shrink_v, 1.0)
+        shrink_v = jnp.where(certificate.valid, shrink_v, LOOSE)
         # The pass has already brought (w, v) to (w⁺, v⁺).
         improved = (c.left_w <= 0.5) & jnp.isfinite(certificate.error)
         w, v = tree.where(improved & ~met, (p.w, p.v), (w, v))
@@ -166,6 +176,7 @@ def adaptive_hypergradient(
             v,
             shrink_w * p.r_w,
             shrink_v * p.r_v,
+            c.seen,
             certificate,
             spent,
             s.rounds + 1,
@@ -214,12 +225,16 @@ def adaptive_hypergradient(
 
 
 class _Round(NamedTuple):
-    """The carry over rounds: the pair, its thresholds, the last certificate, what was spent."""
+    """The carry over rounds: the pair, its thresholds, the last certificate, what was spent.
+
+    Where a pass finds what the solves `seen` before had missed, there may be more: another round looks.
+    """
 
     w: PyTree
     v: PyTree
     tau_w: jax.Array
     tau_v: jax.Array
+    seen: Seen
     certificate: Certificate
     products: Products
     rounds: jax.Array
@@ -235,8 +250,12 @@ def _bring_down(
     spent: Products,
     linear_solver: Callable[[Scalar], LinearSolver],
     goal: jax.Array,
-) -> tuple[PyTree, Products]:
-    """Brings ‖∇₁E − Aᵀv‖ to `tau`, or to `goal` ‖∇₁E‖ if that is more, by one solve."""
+) -> tuple[PyTree, jax.Array, jax.Array, Products]:
+    """Brings ‖∇₁E − Aᵀv‖ to `tau`, or to `goal` ‖∇₁E‖ if that is more, by one solve.
+
+    Returns:
+        v, the gain of the solve and the residual that it left (see `Seen`), what was spent in all.
+    """
     _, r_v, _, b = lagrangian(packed, w, v)
     _, vjp = jax.vjp(lambda u: packed.phi(u, packed.x), w)
     size = norm(r_v)
@@ -244,6 +263,8 @@ def _bring_down(
     rtol = jnp.clip(target / jnp.where(size > 0, size, 1.0), 1e-12, 1.0)
     dv, info = linear_solver(rtol)(lambda u: vjp(u)[0], r_v)
     better = jnp.isfinite(norm(dv))
-    return tree.where(better, tree.add(v, dv), v), spent._replace(
-        phi=spent.phi + 1, jt=spent.jt + products_of(info) + 1
-    )
+    solved = better & (info.num_steps > 0)
+    gain = jnp.where(solved, ratio(norm(dv), size), 0.0)
+    left = jnp.where(solved, rtol * size, jnp.inf)
+    spent = spent._replace(phi=spent.phi + 1, jt=spent.jt + products_of(info) + 1)
+    return tree.where(better, tree.add(v, dv), v), gain, left, spent

@@ -41,7 +41,7 @@ tree = optax.tree
 
 Level = Literal["estimate", "proved"]
 
-_MAX_PASSES = 4
+_MAX_PASSES = 6
 
 
 class Reason(enum.IntEnum):
@@ -58,7 +58,8 @@ class Reason(enum.IntEnum):
     KINK = 4
     """‖r_v‖ stays: J or ∇₁E jumps near w, as at another active set, or is strongly curved."""
     REMAINDER = 5
-    """The corrections do not contract: what the last one leaves may be half of the whole."""
+    """What the last correction leaves may be half of the whole: the corrections do not contract, or the
+    last one found an error where those before had seen none."""
     CONSTANT_CONTRADICTED = 6
     """An observation violates one of the `Constants`."""
 
@@ -235,6 +236,7 @@ def assess(
 
     reason = jnp.int32(Reason.VALID)
     for holds, otherwise in (
+        (~s.unseen, Reason.REMAINDER),
         (jnp.maximum(s.change - whole, s.rest) <= 0.5 * whole + p.rounding, Reason.REMAINDER),
         (s.left_v <= 0.5, Reason.KINK),
         (s.left_w <= 0.5, Reason.FAR),

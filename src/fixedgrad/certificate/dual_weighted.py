@@ -36,6 +36,7 @@ tree = optax.tree
 
 _ROUNDING = 4.0  # Residuals below this many eps are taken for rounding.
 _ROUGH = 0.3  # Tolerance of solves that have to get the size right.
+_UNSEEN = 2.0  # A gain that grows by more than this shows an error that was not seen before.
 
 
 class Products(NamedTuple):
@@ -57,6 +58,47 @@ class Packed(NamedTuple):
     join_gradient: Callable[[PyTree], PyTree]
 
 
+class Seen(NamedTuple):
+    """What loose solves with A (for w) and Aᵀ (for v) have shown so far.
+
+    A Krylov method brings a residual down along the large singular values of A first. Where A is
+    ill-conditioned a loose solve has missed what lies along the small ones, which may be most of the
+    error. It shows in the next solve, if that one goes below what the last one left: the residual
+    there is amplified more.
+
+    Attributes:
+        gain_w: The largest ‖A⁻¹r‖/‖r‖ of a right-hand side r.
+        gain_v: The largest ‖A⁻ᵀb‖/‖b‖ of a right-hand side b.
+        left_w: The residual norm that the last solve for w left; infinity before the first.
+        left_v: The same for v.
+    """
+
+    gain_w: jax.Array
+    gain_v: jax.Array
+    left_w: jax.Array
+    left_v: jax.Array
+
+    def exceeded_by(self, later: "Seen") -> jax.Array:
+        """Whether later solves found what these had missed."""
+        more_w = later.gain_w > _UNSEEN * self.gain_w
+        return more_w | (later.gain_v > _UNSEEN * self.gain_v)
+
+    def then(self, later: "Seen") -> "Seen":
+        """Of both, in this order."""
+        return Seen(
+            jnp.maximum(self.gain_w, later.gain_w),
+            jnp.maximum(self.gain_v, later.gain_v),
+            jnp.where(jnp.isfinite(later.left_w), later.left_w, self.left_w),
+            jnp.where(jnp.isfinite(later.left_v), later.left_v, self.left_v),
+        )
+
+
+def nothing_seen(like: jax.Array) -> Seen:
+    """Before the first solve."""
+    zero = jnp.zeros_like(like)
+    return Seen(zero, zero, zero + jnp.inf, zero + jnp.inf)
+
+
 class Pass(NamedTuple):
     """What one pass at (w, v) gives; sizes are norms.
 
@@ -72,6 +114,7 @@ class Pass(NamedTuple):
         noise_w: What of `r_w` may be rounding.
         noise_v: What of `right` may be rounding.
         noise: What of ‖ĝ‖ may be rounding.
+        seen: What its two solves show.
         products: A `Products`.
         solved: Whether the loose solves succeeded.
     """
@@ -87,6 +130,7 @@ class Pass(NamedTuple):
     noise_w: jax.Array
     noise_v: jax.Array
     noise: jax.Array
+    seen: Seen
     products: Products
     solved: jax.Array
 
@@ -108,6 +152,8 @@ class Refined(NamedTuple):
         left_w: The largest ratio of ‖w − Φ(w)‖ after a pass to that before, rounding aside.
         left_v: Ratio of ‖r_v‖ after the last pass but one to ‖r_v‖ + ‖h_w‖ before, rounding aside.
             The equation for v is linear: where w comes closer, v follows.
+        seen: What the solves of all passes show.
+        unseen: Whether the last pass found what those before had missed: there may be more still.
         products: Of all passes.
         solved: Whether all loose solves succeeded.
     """
@@ -118,6 +164,8 @@ class Refined(NamedTuple):
     rest: jax.Array
     left_w: jax.Array
     left_v: jax.Array
+    seen: Seen
+    unseen: jax.Array
     products: Products
     solved: jax.Array
 
@@ -199,6 +247,7 @@ def dual_weighted(
     v: PyTree,
     linear_solver: Callable[[Scalar], LinearSolver],
     rtol: Scalar,
+    before: Seen,
     split: bool | jax.Array = True,
 ) -> Pass:
     """One pass at (w, v).
@@ -208,7 +257,9 @@ def dual_weighted(
         w: Where.
         v: Where.
         linear_solver: From a relative tolerance to a solver.
-        rtol: Tolerance of the solves; that for e_v is relative to ‖r_v‖ + ‖h_w‖.
+        rtol: Tolerance of the solves, relative to ‖r_w‖ and to ‖r_v‖ + ‖h_w‖, or to what the solves
+            before left, where that is less.
+        before: What these have shown.
         split: Whether the parts of the error are wanted, by one rough solve more; else they are in
             proportion to their right-hand sides.
     """
@@ -223,14 +274,18 @@ def dual_weighted(
     noise_w = eps * (norm(w) + norm(image))
     r_w = tree.sub(w, image)
     # A residual below the noise says nothing, zero least of all: noise of that size takes its place.
-    at_floor = norm(r_w) <= noise_w
-    r_w = tree.where(at_floor, tree.add(r_w, _random_rounding(w, eps)), r_w)
-    e_w, of_w = linear_solver(rtol)(lambda u: tangent(u)[0], r_w)
+    at_floor = norm(r_w) <= 2 * noise_w
+    r_w = tree.where(norm(r_w) <= noise_w, tree.add(r_w, _random_rounding(w, eps)), r_w)
+    size_w = norm(r_w)
+    rtol = jnp.asarray(rtol, size_w.dtype)
+    rtol_w = rtol * jnp.minimum(1.0, ratio(before.left_w, size_w))
+    e_w, of_w = linear_solver(rtol_w)(lambda u: tangent(u)[0], r_w)
     _, h_w, h_x, _ = tangent(e_w)
 
     # Of the two right-hand sides the second only serves to tell the parts apart: a rough solve.
     right = norm(r_v) + norm(h_w)
-    sides = [(tree.sub(h_w, r_v), jnp.asarray(rtol, right.dtype), right)]
+    rtol_v = rtol * jnp.minimum(1.0, ratio(before.left_v, right))
+    sides = [(tree.sub(h_w, r_v), rtol_v, right)]
     if split is not False:
         asked = tree.where(split, h_w, tree.zeros_like(h_w))
         sides.append((asked, jnp.asarray(_ROUGH, right.dtype), norm(h_w)))
@@ -257,6 +312,14 @@ def dual_weighted(
         of_w.num_steps + one,
         jnp.sum(steps, dtype=jnp.int32) + 3 * one + jnp.asarray(split, jnp.int32),
     )
+    noise_v = eps * (norm(b) + 2 * norm(v))
+    # Rounding lies in all directions and is amplified as it likes: it has nothing to show.
+    seen = Seen(
+        jnp.where(at_floor, 0.0, ratio(norm(e_w), size_w)),
+        jnp.where(right > 2 * noise_v, ratio(norm(e_v), norm(tree.sub(h_w, r_v))), 0.0),
+        rtol_w * size_w,
+        rtol_v * right,
+    )
     return Pass(
         g,
         tree.add(h_x, of_h),
@@ -267,8 +330,9 @@ def dual_weighted(
         norm(r_v),
         right,
         noise_w,
-        eps * (norm(b) + 2 * norm(v)),
+        noise_v,
         eps * (norm(g) + norm(vjp(v)[1])),
+        seen,
         products,
         ~(failed(of_w) | jnp.any(lost)),
     )
@@ -282,23 +346,26 @@ def refine(
     rtol: Scalar,
     max_passes: int,
 ) -> Refined:
-    """Passes from (w, v) until one changes the gradient by less than a quarter of all change.
+    """Passes from (w, v) until one changes the gradient little, and its solves find nothing unseen.
 
-    At least two: the second one starts at the corrected pair, linearises there, and measures what
-    the first left, whether by a loose solve, by curvature or by a kink. This is Newton's method
-    with Deuflhard's test, the size of the next correction, in the norm of the hypergradient.
+    Little is less than a quarter of all change. At least two passes: the second one starts at the
+    corrected pair, linearises there, and measures what the first left, whether by a loose solve, by
+    curvature or by a kink. This is Newton's method with Deuflhard's test, the size of the next
+    correction, in the norm of the hypergradient; `Seen` tells when that size cannot be trusted.
     """
 
-    def run(i: jax.Array, w: PyTree, v: PyTree) -> Pass:
+    def run(i: jax.Array, w: PyTree, v: PyTree, seen: Seen) -> Pass:
         # The second pass only has to show what the first left: a looser solve will do. There is a third
         # where much was left: A is so ill-conditioned that loose solves miss it, or w is far.
         tol = jnp.asarray(rtol, norm(w).dtype)
         tol = jnp.stack([tol, jnp.sqrt(tol), tol**2])[jnp.minimum(i, 2)]
-        return dual_weighted(packed, w, v, linear_solver, tol, i == 0)
+        return dual_weighted(packed, w, v, linear_solver, tol, seen, i == 0)
 
     def body(carry: tuple[jax.Array, Pass, Refined]) -> tuple[jax.Array, Pass, Refined]:
         i, before, s = carry
-        p = run(i, *tree.where(i == 0, (w, v), (before.w, before.v)))
+        seen = tree.where(i == 0, nothing_seen(s.change), s.seen)
+        at_w, at_v = tree.where(i == 0, (w, v), (before.w, before.v))
+        p = run(i, at_w, at_v, seen)
         first = tree.where(i == 0, p, s.first)
         correction = tree.add(p.lower, p.linear)
         end = tree.sub(p.gradient, correction)
@@ -321,6 +388,8 @@ def refine(
                 jnp.where(later, rest, change),
                 jnp.where(later, left_w, zero),
                 jnp.where(later, left_v, zero),
+                seen.then(p.seen),
+                later & seen.exceeded_by(p.seen),
                 jax.tree.map(jnp.add, s.products, p.products),
                 s.solved & p.solved,
             ),
@@ -331,12 +400,12 @@ def refine(
         whole = norm(tree.sub(s.first.gradient, s.end))
         large = (s.change > 0.25 * whole + s.first.rounding) | (s.left_v > 0.5)
         hopeful = s.solved & (s.left_w <= 0.5) & jnp.isfinite(s.change)
-        return (i < 2) | ((i < max_passes) & large & hopeful)
+        return (i < 2) | ((i < max_passes) & (large | s.unseen) & hopeful)
 
     def blank() -> tuple[Pass, Refined]:
-        p = run(jnp.int32(0), w, v)
+        p = run(jnp.int32(0), w, v, nothing_seen(norm(w)))
         x = p.r_w
-        return p, Refined(p, p.gradient, x, x, x, x, p.products, p.solved)
+        return p, Refined(p, p.gradient, x, x, x, x, p.seen, p.solved, p.products, p.solved)
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(blank))
     before, s = zeros
@@ -344,8 +413,11 @@ def refine(
     return lax.while_loop(unfinished, body, start)[2]
 
 
-def single(packed: Packed, p: Pass) -> Refined:
-    """What one pass says, with one evaluation at (w⁺, v⁺) in place of a second pass."""
+def single(packed: Packed, p: Pass, before: Seen) -> Refined:
+    """What one pass says after the solves `before`.
+
+    One evaluation at (w⁺, v⁺) stands in place of a second pass.
+    """
     image, r_v, end, _ = lagrangian(packed, p.w, p.v)
     correction = tree.add(p.lower, p.linear)
     r_w = norm(tree.sub(p.w, image))
@@ -357,6 +429,8 @@ def single(packed: Packed, p: Pass) -> Refined:
         norm(tree.sub(end, tree.sub(p.gradient, correction))),
         ratio(jnp.maximum(r_w - 2 * p.noise_w, 0.0), p.r_w),
         ratio(jnp.maximum(norm(r_v) - 2 * p.noise_v, 0.0), p.right),
+        before.then(p.seen),
+        before.exceeded_by(p.seen),
         p.products._replace(phi=p.products.phi + one, jt=p.products.jt + one),
         p.solved,
     )

@@ -10,7 +10,7 @@ from jax import lax
 
 from ..realify import norm, resolution
 from ..types import LinearSolver, PyTree, Scalar, SolveInfo, failed
-from .dual_weighted import Packed, Products
+from .dual_weighted import Packed, Products, ratio
 
 tree = optax.tree
 
@@ -26,6 +26,8 @@ class _Newton(NamedTuple):
     size: jax.Array
     proposed: jax.Array
     met: jax.Array
+    gain: jax.Array
+    left: jax.Array
     spent: Products
 
 
@@ -37,11 +39,15 @@ def newton_krylov(
     linear_solver: Callable[[Scalar], LinearSolver],
     max_products: int,
     goal: jax.Array | float = 0.0,
-) -> tuple[PyTree, Products]:
+) -> tuple[PyTree, jax.Array, jax.Array, Products]:
     """Brings ‖w − Φ(w)‖ to `tau`, or to `goal` ‖Φ(w)‖ if that is more: Newton steps with forcing terms.
 
     Each step linearises Φ once, at the point that the last one proposed. Where that point has not
     brought the residual down, plain steps of Φ from the point before take its place.
+
+    Returns:
+        w, the largest gain ‖e‖/‖r‖ of the solves, the residual that the last one left (see `Seen`), and
+        what was spent in all.
     """
     floor = 16 * resolution(w)
 
@@ -67,12 +73,15 @@ def newton_krylov(
         w = lax.cond(lost, plain, lambda: tree.where(met, s.w, tree.sub(s.w, e)))
         extra = jnp.where(lost, 1 + _PLAIN_STEPS, 1).astype(jnp.int32)
         spent = s.spent._replace(phi=s.spent.phi + extra, j=s.spent.j + products_of(info))
-        return _Newton(w, s.w, size, ~lost, met, spent)
+        gain, left = jnp.maximum(s.gain, ratio(norm(e), size)), forcing * size
+        gain, left = tree.where(lost | met, (s.gain, s.left), (gain, left))
+        return _Newton(w, s.w, size, ~lost, met, gain, left, spent)
 
     false = jnp.asarray(False)
-    s = _Newton(w, w, jnp.full_like(norm(w), jnp.inf), false, false, spent)
+    infinite = jnp.full_like(norm(w), jnp.inf)
+    s = _Newton(w, w, infinite, false, false, jnp.zeros_like(infinite), infinite, spent)
     s = lax.while_loop(unfinished, step, s)
-    return s.w, s.spent
+    return s.w, s.gain, s.left, s.spent
 
 
 def products_of(info: SolveInfo) -> jax.Array:

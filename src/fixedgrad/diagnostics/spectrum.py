@@ -43,11 +43,12 @@ def solve_lower(packed: Packed, rtol: float) -> tuple[PyTree, jax.Array, bool]:
         image = packed.phi(w, packed.x)
         tau = rtol * norm(image)
 
-        w, _ = newton_krylov(packed, w, tau, spent, krylov, 20_000)
+        w, *_ = newton_krylov(packed, w, tau, spent, krylov, 20_000)
         image = packed.phi(w, packed.x)
         size = norm(tree.sub(w, image))
         floor = 64 * resolution(w) * norm(image)
-        return w, size, ~(size <= jnp.maximum(rtol * norm(image), floor))
+        solved = jnp.isfinite(size) & (size <= jnp.maximum(rtol * norm(image), floor))
+        return w, size, ~solved
 
     w, size, failed = solve(packed.w)
     return w, size, bool(failed)
