@@ -129,7 +129,7 @@ def _sizes(options: argparse.Namespace) -> Sizes:
         sizes = Sizes(60, 60, 16, 5, 4, 2, 1, 0.5, (0.1, 0.5), 2)
     elif options.full:
         rates = (1e-3, 1e-2, 0.1, 0.5, 1.0)
-        sizes = Sizes(5000, 5000, 200, 20, 400, 20, 3, 0.5, rates, 60)
+        sizes = Sizes(5000, 5000, 200, 20, 200, 20, 2, 0.1, rates, 40)
     else:
         sizes = Sizes(500, 500, 64, 20, 60, 10, 2, 0.5, (1e-2, 0.1, 0.5, 1.0), 40)
     given = {k: getattr(options, k) for k in ("images", "hidden", "steps", "seeds")}

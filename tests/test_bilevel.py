@@ -177,6 +177,7 @@ def test_a_record_is_what_the_formulas_say(t, k):
     loop = fg.bilevel(of_halved(fg.aid(fg.fp(num_steps=k)), num_steps=t), optax.sgd(0.1))
     lam = jnp.array([1.0, -2.0])
     state, history = fg.run(loop, loop.init(jnp.zeros(2), lam), num_steps=2)
+    w = g = jnp.zeros(2)
     for i in range(2):
         w = 2.0 * lam * (1 - 2.0**-t)
         b = w - 3.0
@@ -239,9 +240,13 @@ def test_the_state_keeps_its_structure_shapes_and_dtypes(problem, start):
 
 
 def test_the_state_before_the_first_step_says_so_in_arrays():
-    loop = fg.bilevel(of_halved(start=fg.warm()), optax.adam(0.1))
+    # An optimiser of one's own, whose state starts as a Python number: steps of 1/10, 1/11, ...
+    slowing = optax.GradientTransformation(lambda _: 10.0, lambda g, n, _: (-g / n, n + 1.0))
+    loop = fg.bilevel(of_halved(start=fg.warm()), slowing)
     state = loop.init(0.0, 1.0)
-    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+    for leaf in jax.tree.leaves(state):
+        assert isinstance(leaf, jax.Array)
+        assert not leaf.weak_type
     assert int(state.num_steps) == 0
     assert not bool(state.stopped)
     assert float(state.lam) == 1.0
@@ -333,6 +338,10 @@ def test_a_projection_that_changes_the_structure_is_refused_with_both(project):
 # Stopping.
 
 
+def never(record):
+    return record.lower_steps < 0
+
+
 def below(record):
     return record.value < 1e-2
 
@@ -373,9 +382,7 @@ def test_a_stopped_loop_takes_no_further_step():
 
 
 def test_a_rule_that_never_holds_stops_nothing():
-    state, history = fg.run(
-        STOPPING, stopping_start(), num_steps=4, stop=lambda record: record.value < 0
-    )
+    state, history = fg.run(STOPPING, stopping_start(), num_steps=4, stop=never)
     assert not bool(state.stopped)
     assert np.all(history.taken)
 
@@ -443,10 +450,11 @@ def failing_loop(**settings):
     return fg.bilevel(hypergrad, optax.sgd(0.1, momentum=0.1))
 
 
-def test_a_hypergradient_that_is_not_finite_moves_nothing_and_stops():
+@pytest.mark.parametrize("stop", [None, never], ids=["no rule", "with a rule"])
+def test_a_hypergradient_that_is_not_finite_moves_nothing_and_stops(stop):
     loop = failing_loop()
     start = loop.init(0.0, 0.0)
-    state, history = fg.run(loop, start, num_steps=12)
+    state, history = fg.run(loop, start, num_steps=12, stop=stop)
     n = int(state.num_steps)
     assert 3 <= n < 12
     assert bool(state.stopped)

@@ -113,17 +113,16 @@ def test_only_absent_data_is_a_reason_to_skip(tmp_path, monkeypatch):
         print(f"`{arguments[0]}` needs the package `orbax`", file=sys.stderr)
         return 2
 
-    # A file that is no data set, of an experiment that needs none, ...
+    # A package that is missing, whether data are or not.
+    monkeypatch.setattr(sys.modules[__name__], "main", refuses)
+    with pytest.raises(AssertionError, match="needs the package"):
+        run("memory", tmp_path)
+    # A file that is no data set, of an experiment that needs none, or where the data are all there.
     monkeypatch.setattr(sys.modules[__name__], "main", stops)
     with pytest.raises(AssertionError, match="no such file"):
         run("quickstart", tmp_path)
-    # ... or where the data are all there; and a package that is missing, data or not.
     monkeypatch.setattr(data, "load", lambda name: None)
     with pytest.raises(AssertionError, match="no such file"):
-        run("memory", tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr(sys.modules[__name__], "main", refuses)
-    with pytest.raises(AssertionError, match="needs the package"):
         run("memory", tmp_path)
 
 

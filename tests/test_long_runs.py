@@ -53,7 +53,7 @@ def steps_saved(directory: Path) -> list[int]:
 
 
 def first_step_shown(errors: str) -> int:
-    """Where the progress bar began: every bar is `\\router steps: 32%|███ | 30/95 [...]`."""
+    """Where the progress bar began; a bar reads `outer steps:  32%|███▏      | 30/95 [...]`."""
     bars = re.findall(r"(\d+)/95 \[", errors)
     assert bars, errors
     return int(bars[0])

@@ -20,6 +20,7 @@ from .packing import (
     Layout,
     check_arrays,
     check_phi,
+    closure_converted,
     partition,
     phi_hint,
     split_static,
@@ -141,7 +142,8 @@ def fixed_point(
         # A traced tolerance ties the rule to its trace: a jit of our own inside could not hold it.
         compiled = call if estimator.traced else jax.jit(call, static_argnums=0)
 
-        @functools.wraps(solver)
+        # Not its attributes: a `with_info` of the solver would go around the rule.
+        @functools.wraps(solver, updated=())
         def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
             check_arrays("fixed_point", "w0", w0)
             return compiled(*split_static((w0, args, kwargs)))
@@ -210,10 +212,10 @@ def _implicit(
         with phi_hint("fixed_point", w, args, kwargs):
             return phi(w, *args, **kwargs)
 
-    run, run_closure = jax.closure_convert(run_given, w0, *given)
+    run, run_closure = closure_converted(run_given, w0, *given)
     w_like = jax.eval_shape(lambda: run(w0, *given, *run_closure)[0])
     with jax.default_matmul_precision("highest"):
-        image, phi_closure = jax.closure_convert(phi_given, w_like, *given)
+        image, phi_closure = closure_converted(phi_given, w_like, *given)
     got = jax.eval_shape(image, w_like, *given, *phi_closure)
     check_same("fixed_point", got, w_like, "`phi(w, ...)`", SOLVED)
 

@@ -5,9 +5,11 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from .types import Phi, PyTree, check_same, hint, shapes_of, show
 
@@ -114,6 +116,31 @@ def partition(tree: PyTree) -> tuple[PyTree, PyTree, Callable[[PyTree, PyTree], 
         return jax.tree.unflatten(treedef, part)
 
     return of_kind("x"), of_kind("rest"), join
+
+
+def closure_converted(
+    function: Callable[..., PyTree], *args: PyTree
+) -> tuple[Callable[..., PyTree], list[Any]]:
+    """The function of `args` and of the traced values that it closes over, and these values.
+
+    `jax.closure_convert` leaves integers, booleans and keys behind, as they have no tangent; a rule
+    that is traced later then holds a tracer of a trace that has ended.
+    """
+    closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+    treedef = jax.tree.structure(out)
+    places = [i for i, x in enumerate(closed.consts) if isinstance(x, Tracer)]
+    values = [closed.consts[i] for i in places]
+    fixed = [None if isinstance(x, Tracer) else x for x in closed.consts]
+
+    def converted(*operands: PyTree) -> PyTree:
+        count = len(operands) - len(places)
+        consts = list(fixed)
+        for i, x in zip(places, operands[count:], strict=True):
+            consts[i] = x
+        leaves = jax.tree.leaves(operands[:count])
+        return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(closed.jaxpr, consts, *leaves))
+
+    return converted, values
 
 
 def split_lam(

@@ -58,10 +58,26 @@ def realified(like: PyTree) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTre
 
 
 def norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm over all inexact leaves, in `real_dtype`."""
+    """The Euclidean norm over all inexact leaves, in `real_dtype`, whatever their scale."""
     inexact = _leaves(tree)
     to_real, _ = realified(inexact)
-    return jnp.asarray(optax.tree.norm(to_real(inexact)), real_dtype(inexact))
+    real = to_real(inexact)
+    scale = power_of_two(real)
+    size = scale * optax.tree.norm(optax.tree.scale(1 / scale, real))
+    return jnp.asarray(size, real_dtype(inexact))
+
+
+def power_of_two(tree: PyTree) -> jax.Array:
+    """About the largest entry of a real pytree, at infinity or NaN too; 1 for zero. A constant.
+
+    The square of a small entry is 0, below 10⁻²³ in float32, and would pass for 0; that of a large one
+    is infinite. A power of two changes no digit.
+    """
+    largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(jax.lax.stop_gradient(tree))]
+    size = jnp.max(jnp.stack(largest)) if largest else jnp.ones(())
+    info = jnp.finfo(size.dtype)
+    limited = jnp.clip(size, 4 * info.tiny, info.max / 4)  # So that 1 / scale is in range too.
+    return jnp.where(size > 0, jax.lax.reduce_precision(limited, info.nexp, 0), 1)
 
 
 def steepest_ascent(gradient: PyTree) -> PyTree:

@@ -68,11 +68,11 @@ def cg(
 
         def step(c: _CG) -> _CG:
             ap = system.product(c.p)
-            pap, pp = dot(c.p, ap), dot(c.p, c.p)
-            scale = jnp.maximum(c.scale, jnp.where(pp > 0, pap / pp, 0.0))
+            pap, pp, apap = dot(c.p, ap), dot(c.p, c.p), dot(ap, ap)
+            scale = jnp.maximum(c.scale, jnp.where(pp > 0, jnp.sqrt(apap / pp), 0.0))
             flat = jnp.abs(pap) <= rounding(eps) * scale * pp
             # pᵀAp = 0 with Ap ≠ 0 takes eigenvalues of both signs; ‖Ap‖² ≤ ‖A‖ pᵀAp where A ≥ 0.
-            null = flat & (dot(ap, ap) <= rounding(eps) * scale**2 * pp)
+            null = flat & (apap <= rounding(eps) * scale**2 * pp)
             bad = status_where(null, Status.SINGULAR, Status.INDEFINITE)
             status = status_where(flat | (pap < 0), bad, Status.FIXED_STEPS)
             live = (c.rr > c.least) & ~is_failure(c.status)
@@ -99,7 +99,7 @@ def cg(
         ad = tree.sub(r, carry.r)
         left, right = dot(r, ad), dot(carry.ap0, carry.x)
         size = tree.norm(r) * tree.norm(ad) + tree.norm(carry.ap0) * tree.norm(carry.x)
-        skew = jnp.abs(left - right) > eps**0.25 * size
+        skew = jnp.abs(left - right) > eps**0.5 * size
         status = status_where(skew, Status.NOT_SYMMETRIC, carry.status)
         return Correction(carry.x, carry.i, status)
 

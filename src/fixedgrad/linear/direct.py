@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from ..realify import norm as norm_of
 from ..replication import varying_alike
 from ..types import LinearSolver, PyTree, SolveInfo, Status, check_count, show, status_where
 from .frame import System, linear_solver, tree
@@ -61,7 +62,7 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
         x = jnp.linalg.solve(rows.T, b)
         # eps ‖A‖ ‖x‖ is the backward error of LU; where it is as large as b, x means nothing.
         size = jnp.linalg.norm(rows)
-        noise = system.eps * size * jnp.linalg.norm(x)
+        noise = system.eps * size * norm_of(x)
         singular = ~(noise < system.noise * system.norm) & (system.norm > 0) & jnp.isfinite(size)
         x = unravel(x)
         # In a batch with collectives M mixes elements, and no matrix of one of them is its own.
@@ -135,13 +136,15 @@ def from_lineax(solver: Any) -> LinearSolver:
         start = tree.zeros_like(system.b) if system.x0 is None else system.x0
         solved = system.residual_norm(start) <= system.floor(start)
         x = tree.where(solved, start, solution.value)
-        status = status_where(ok | solved, Status.CONVERGED, Status.MAX_STEPS)
+        residual, floor = system.residual_norm(x), system.floor(x)
+        fine = ok | (residual <= floor)
+        status = status_where(fine, Status.CONVERGED, Status.MAX_STEPS)
         # Its tolerances are meant entry by entry; ten times that, over all entries, is a miss.
         size = sum(leaf.size for leaf in jax.tree.leaves(system.b))
         rtol, atol = getattr(solver, "rtol", 0.0), getattr(solver, "atol", 0.0)
         asked = system.norm * rtol + size**0.5 * atol
-        limit = jnp.minimum(jnp.maximum(10 * asked, system.noise * system.norm), system.norm)
-        missed = system.residual_norm(x) > limit
+        limit = jnp.maximum(10 * asked, jnp.maximum(system.eps**0.5 * system.norm, floor))
+        missed = residual > jnp.minimum(limit, system.norm)
         return x, system.fixed(steps, x, status_where(missed, Status.MAX_STEPS, status))
 
     return linear_solver("from_lineax", solve, scaled=False)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..realify import real_dtype, realified, resolution
+from ..realify import norm as norm_of
+from ..realify import power_of_two, real_dtype, realified, resolution
 from ..replication import varying_alike
 from ..types import (
     LinearSolver,
@@ -60,11 +61,11 @@ class System(NamedTuple):
         return tree.sub(self.b, self.product(x))
 
     def residual_norm(self, x: PyTree) -> jax.Array:
-        return tree.norm(self.residual(x))
+        return norm_of(self.residual(x))
 
     def floor(self, x: PyTree) -> jax.Array:
         # ‖b − Ax‖ at rounding, where ‖A‖ ≤ 2 for the contractions of this library.
-        return rounding(self.eps) * (self.norm + 2 * tree.norm(x))
+        return rounding(self.eps) * (self.norm + 2 * norm_of(x))
 
     @property
     def noise(self) -> float:
@@ -73,7 +74,7 @@ class System(NamedTuple):
 
     def fixed(self, num_steps: Scalar, x: PyTree, status: jax.Array | Status) -> SolveInfo:
         """The verdict on a solve without a tolerance; `status` says what else was seen."""
-        sane = jnp.isfinite(tree.norm(x)) | (status == int(Status.SINGULAR))
+        sane = jnp.isfinite(norm_of(x)) | (status == int(Status.SINGULAR))
         status = status_where(sane & jnp.isfinite(self.norm), status, Status.NON_FINITE)
         return solve_info(num_steps, self.residual_norm(x), status)
 
@@ -183,13 +184,13 @@ def linear_solver(
         check_same(where, jax.eval_shape(matvec, b), b, "`matvec(b)`", "`b`")
         if x0 is not None:
             check_same(where, x0, b, "`x0`", "`b`")
-        if not jax.tree.leaves(b):  # No unknown: nothing to solve.
-            return b, solve_info(0, jnp.zeros(()), Status.CONVERGED)
+        if not sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: b))):  # Nothing to solve.
+            return b, solve_info(0, jnp.zeros((), real_dtype(b)), Status.CONVERGED)
         to_real, from_real = realified(b)
         real = to_real(b)
-        scale = _power_of_two(real) if scaled else jnp.ones((), real_dtype(b))
+        scale = power_of_two(real) if scaled else jnp.ones((), real_dtype(b))
         real = tree.scale(1 / scale, real)
-        norm = tree.norm(real)
+        norm = norm_of(real)
         start = None
         if x0 is not None:
             start = tree.where(norm > 0, tree.scale(1 / scale, to_real(x0)), tree.zeros_like(real))
@@ -205,16 +206,3 @@ def linear_solver(
 
     solver.traced = stop is not None and stop.traced  # pyright: ignore[reportFunctionMemberAccess]
     return solver
-
-
-def _power_of_two(b: PyTree) -> jax.Array:
-    """About the largest entry of b; 1 for b = 0.
-
-    The square of a small entry is 0, below 10⁻²³ in float32, and b would pass for 0; that of a large
-    one is infinite. A power of two changes no digit.
-    """
-    largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(b)]
-    size = jnp.max(jnp.stack(largest))
-    info = jnp.finfo(size.dtype)
-    limited = jnp.clip(size, 4 * info.tiny, info.max / 4)  # So that 1 / scale is in range too.
-    return jnp.where(size > 0, jax.lax.reduce_precision(limited, info.nexp, 0), 1)

@@ -156,17 +156,19 @@ def bicgstab(
             left = tree.add_scale(s, -omega, t)
             return _BiCGStab(c.i + 1, x, left, shadow, p, v, rho, alpha, omega, tree.norm(left))
 
-        def unfinished(c: _BiCGStab) -> jax.Array:
+        def lost(c: _BiCGStab) -> jax.Array:
             stuck = (c.i > 0) & (c.alpha == 0) & (c.omega == 0)
-            alive = (
-                eps * c.norm <= start
-            )  # Beyond that growth nothing of r is left in the residual.
-            return (c.i < steps) & (c.norm > least) & alive & ~stuck
+            # Beyond that growth nothing of r is left in the residual.
+            return stuck | ~(eps * c.norm <= start)
+
+        def unfinished(c: _BiCGStab) -> jax.Array:
+            return (c.i < steps) & (c.norm > least) & ~lost(c)
 
         zero, zeros = jnp.zeros_like(start), tree.zeros_like(r)
         carry = _BiCGStab(jnp.int32(0), zeros, r, r, zeros, zeros, zero, zero, zero, start)
         c = lax.while_loop(unfinished, step, varying_alike(carry))
         status = status_where(c.norm > start, Status.GROWING, Status.FIXED_STEPS)
+        status = status_where(lost(c) & (c.norm > least), Status.MAX_STEPS, status)
         # As in GMRES: x so large that its rounding is as large as r lies along a null vector of A.
         singular = (eps * tree.norm(c.x) >= system.noise * start) & (start > 0)
         status = status_where(singular, Status.SINGULAR, status)

@@ -8,7 +8,7 @@ import optax
 from jax import lax
 
 from ..failure import check_on_failure
-from ..realify import real_dtype, realified
+from ..realify import norm, real_dtype, realified
 from ..replication import varying_alike
 from ..types import (
     OnFailure,
@@ -21,7 +21,7 @@ from ..types import (
     check_number,
     stopping,
 )
-from .frame import CheckedSolver, above, checked_start, distance, fixed_point_info, judge
+from .frame import CheckedSolver, above, checked_start, distance, fixed_point_info, floor, judge
 
 tree = optax.tree
 
@@ -93,7 +93,8 @@ def anderson(
             # s.mixed is the candidate; s.w, s.image the last accepted point.
             candidate_image = image(s.mixed)
             residual = tree.sub(candidate_image, s.mixed)
-            size = tree.norm(residual)
+            # A scale and a test, not to be differentiated: a norm has no derivative at 0.
+            size = norm(lax.stop_gradient(residual))
             # After a rejection the plain step is taken for better or worse, NaN included.
             good = (size <= s.size) | jnp.isinf(s.size)
             slot = s.filled % window
@@ -102,7 +103,11 @@ def anderson(
                 jax.tree.map(lambda h, x: h.at[slot].set(x), history, new)
                 for history, new in ((s.images, candidate_image), (s.residuals, residual))
             )
-            mixed = _mix(images, residuals, jnp.minimum(filled, window), regularisation, size)
+            # At rounding there is nothing to mix by, and weights have derivatives like 1/rounding.
+            settled = size <= floor(from_real(candidate_image))
+            weighed = tree.where(settled, tree.zeros_like(residuals), residuals)
+            mixed = _mix(images, weighed, jnp.minimum(filled, window), regularisation, size)
+            mixed = tree.where(settled, candidate_image, mixed)
             # Rejected: go on with the plain step from the last accepted point, and judge the next
             # residual afresh.
             accepted = (s.mixed, candidate_image, mixed, size)
@@ -154,6 +159,7 @@ def _mix(
 
     The least-squares problem with the constraint Σ αᵢ = 1 has this solution by its Lagrangian.
     """
+    residuals = tree.scale(1 / jnp.where(size > 0, size, 1.0), residuals)
     gram = jnp.sum(
         jnp.stack(
             [
@@ -163,10 +169,9 @@ def _mix(
         ),
         axis=0,
     )
-    scale = jnp.where(size > 0, size, 1.0) ** 2
     window = gram.shape[0]
     used = jnp.arange(window, dtype=filled.dtype) < filled
-    gram = jnp.where(used[:, None] & used[None, :], gram / scale, 0.0)
+    gram = jnp.where(used[:, None] & used[None, :], gram, 0.0)
     one = used.astype(gram.dtype)
     alpha = one * jnp.linalg.solve(
         gram + jnp.asarray(regularisation, gram.dtype) * jnp.eye(window, dtype=gram.dtype), one

@@ -76,7 +76,7 @@ def distance(a: PyTree, b: PyTree) -> jax.Array:
     return norm([x - y for x, y in inexact])
 
 
-def _floor(w: PyTree) -> jax.Array:
+def floor(w: PyTree) -> jax.Array:
     """‖Φ(w) − w‖ at rounding: a modest multiple of eps ‖w‖, smaller where eps is coarse."""
     eps = resolution(w)
     return (8 * eps if eps < 1e-5 else 2 * eps) * norm(w)
@@ -84,7 +84,7 @@ def _floor(w: PyTree) -> jax.Array:
 
 def above(residual: jax.Array, tolerance: Callable, w: PyTree) -> jax.Array:
     """Whether to go on: finite, above the tolerance and above the floor of the dtype."""
-    least = jnp.maximum(tolerance(norm(w)), _floor(w))
+    least = jnp.maximum(tolerance(norm(w)), floor(w))
     return jnp.isfinite(residual) & (residual > least) | (residual == jnp.inf)
 
 
@@ -93,7 +93,7 @@ def judge(
 ) -> SolveInfo:
     """The verdict on a solve with a tolerance."""
     missed = status_where(residual > start, Status.DIVERGED, Status.MAX_STEPS)
-    close = status_where(residual <= _floor(w), Status.AT_FLOOR, missed)
+    close = status_where(residual <= floor(w), Status.AT_FLOOR, missed)
     tol = tolerance(norm(w))
     status = status_where(residual <= tol, Status.CONVERGED, close)
     status = status_where(jnp.isfinite(residual), status, Status.NON_FINITE)
