@@ -264,7 +264,7 @@ NUMBER_ROWS = [
         Row(
             f"{constants.__name__} with L={L}, mu={mu}",
             ValueError,
-            f"`{constants.__name__}` needs 0 < `mu` <= `L`, got L={L}, mu={mu}",
+            f"`{constants.__name__}` needs 0 < `mu` <= `L`, both finite, got L={L}, mu={mu}",
             lambda constants=constants, L=L, mu=mu: constants(L, mu),
         )
         for constants in (fg.optimal_step_size, fg.optimal_heavy_ball)
