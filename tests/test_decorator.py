@@ -615,3 +615,36 @@ def test_float32_gradient_with_a_tolerance_below_its_resolution_is_not_a_failure
     gradient = jax.grad(lambda lam: jnp.sum(solve(like(ROOT.w0, lam), lam)))(lam)
     assert gradient.dtype == jnp.float32
     assert_close(gradient, SLOPES, 2**6 * float(jnp.finfo(jnp.float32).eps))
+
+
+@pytest.mark.parametrize("what", ["integer", "mask", "key"])
+def test_what_is_closed_over_may_have_no_tangent(what):
+    def f(lam, index):
+        def phi(w, lam):
+            by = {
+                "integer": lambda: jnp.eye(2)[index],
+                "mask": lambda: jnp.where(jnp.arange(2) == index, 1.0, 0.0),
+                "key": lambda: jax.random.normal(jax.random.key(index), (2,)),
+            }
+            return 0.5 * w + lam * by[what]()
+
+        solve = fg.fixed_point(phi, fg.forward(fg.aid(fg.dense())))(fg.picard(phi, num_steps=60))
+        return jnp.sum(solve(jnp.zeros(2), lam) ** 2)
+
+    value, grad = jax.jit(jax.value_and_grad(f))(1.0, 1)  # f is a multiple of λ².
+    np.testing.assert_allclose(grad, 2 * value, rtol=1e-12)
+    batched = jax.vmap(jax.grad(f), (None, 0))(1.0, jnp.arange(2))
+    np.testing.assert_allclose(batched[1], grad, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(f))(1.0, 1), grad, rtol=1e-12)
+
+
+def test_a_decorated_solver_inside_the_explicit_form_keeps_its_rule():
+    def phi(w, lam):
+        return 0.9 * jnp.tanh(w) + lam
+
+    decorated = fg.fixed_point(phi, fg.aid(fg.dense()))(fg.picard(phi, num_steps=3))
+    lam = jnp.asarray(0.3)
+    given = fg.hypergradient(lambda w, lam: w**2 + 0 * lam, phi, decorated, fg.itd())
+    grad, _ = given.update(given.init(0.0, lam), lam)
+    want = jax.grad(lambda lam: decorated(jnp.zeros(()), lam) ** 2)(lam)
+    np.testing.assert_allclose(grad, want, rtol=1e-12)

@@ -543,3 +543,52 @@ def test_lineax_solver_that_gives_up_is_reported():
     assert int(info.status) == Status.MAX_STEPS
     assert not bool(info.converged)
     np.testing.assert_allclose(info.residual, residual(GENERAL, x), rtol=1e-12)
+
+
+HIDDEN = {
+    # Of exact steps: each was finite, wrong, and called a success.
+    "cg, not symmetric, in float32": (
+        fg.cg(num_steps=2),
+        np.array([[0.4, 0.15], [0.05, 0.1]], np.float32),
+        np.ones(2, np.float32),
+        Status.NOT_SYMMETRIC,
+    ),
+    "cg, skew-symmetric I - M": (
+        fg.cg(num_steps=2),
+        np.eye(3) - np.array([[0.0, -1.84, 1.63], [1.84, 0.0, -0.08], [-1.63, 0.08, 0.0]]),
+        np.array([0.3, 0.7, 0.1]),
+        Status.INDEFINITE,
+    ),
+    "bicgstab, a rotation": (
+        fg.bicgstab(num_steps=10),
+        np.eye(2) - np.array([[0.0, 1.0], [-1.0, 0.0]]),
+        np.array([1.0, 0.0]),
+        Status.MAX_STEPS,
+    ),
+    "lineax, least squares of no solution": (
+        fg.from_lineax(lineax.SVD()),
+        np.diag([1.0, 0.5, 0.25]),
+        np.array([0.005, 1.0, 1.0]),
+        Status.MAX_STEPS,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_a_breakdown_of_exact_steps_is_reported(case):
+    solver, m, b, status = HIDDEN[case]
+    _, info = solver(lambda v: m @ v, jnp.asarray(b))
+    assert Status(int(info.status)) == status
+    assert not info.converged
+
+
+@pytest.mark.parametrize("size", [5, 50])
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_cg_accuses_no_symmetric_matrix(dtype, condition, size):
+    basis, _ = np.linalg.qr(np.random.default_rng(size).normal(size=(size, size)))
+    a = (basis * np.geomspace(1 / condition, 1, size)) @ basis.T
+    m = jnp.asarray(np.eye(size) - (a + a.T) / 2, dtype)
+    for num_steps in (3, 20):
+        _, info = fg.cg(num_steps=num_steps)(lambda v: m @ v, jnp.ones(size, dtype))
+        assert Status(int(info.status)) == Status.FIXED_STEPS

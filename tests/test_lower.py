@@ -428,3 +428,12 @@ def test_optax_solver_descends_in_complex_numbers():
 
     solver = fg.from_optax(distance, optax.sgd(0.25), num_steps=60)
     assert_close(solver(jnp.asarray(0j), jnp.asarray(1.0 + 2.0j)), 1.0 + 2.0j, 1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e19, 1e25])
+@pytest.mark.parametrize("solver", [fg.picard, fg.anderson], ids=["picard", "anderson"])
+def test_numbers_whose_squares_leave_the_range_of_the_dtype_are_solved(solver, scale):
+    lam = jnp.full(2, scale, jnp.float32)
+    w, info = solver(lambda w, lam: 0.5 * w + lam, max_steps=99, rtol=1e-6).with_info(0 * lam, lam)
+    assert info.converged
+    np.testing.assert_allclose(w / lam, 2 * np.ones(2), rtol=1e-5)

@@ -127,15 +127,12 @@ def test_cg_never_answers_for_a_matrix_that_it_does_not_fit(data: tuple, singula
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e35])
 @pytest.mark.parametrize("name", LINEAR_SOLVERS)
-def test_entries_whose_squares_leave_the_range_of_the_dtype_are_solved_or_refused(
+def test_entries_whose_squares_leave_the_range_of_the_dtype_are_solved(
     name: str, scale: float
 ) -> None:
     m = np.array([[0.3, 0.2, 0.1], [0.2, -0.4, 0.0], [0.1, 0.0, 0.2]], np.float32)
     b = np.float32(scale) * np.array([1.0, -0.5, 0.3], np.float32)
     x, info = jax.jit(lambda b: LINEAR_SOLVERS[name](lambda v: m @ v, b))(b)
-    if name == "dense" and scale > 1:
-        assert fg.Status(int(info.status)) == fg.Status.NON_FINITE
-        return
     assert info.converged
     want = np.linalg.solve(np.eye(3) - m.astype(float), b.astype(float))
     np.testing.assert_allclose(np.asarray(x) / want, np.ones(3), rtol=1e-4)
