@@ -385,6 +385,70 @@ def test_the_outer_loop_moves_no_integer(name):
     assert history.value[-1] < history.value[0]
 
 
+@pytest.mark.parametrize(
+    ("condition", "curvature"), [(1e4, 0.0), (1e6, 0.0), (1e4, 0.1)], ids=["1e4", "1e6", "curved"]
+)
+def test_an_ill_conditioned_error_is_seen_or_not_vouched_for(condition, curvature):
+    # A loose solve takes out the large singular values, and leaves nearly all of the error.
+    size = 40
+    keys = jax.random.split(jax.random.key(7), 4)
+    basis, _ = jnp.linalg.qr(jax.random.normal(keys[0], (size, size)))
+    a = (basis @ jnp.diag(jnp.geomspace(1 / condition, 1, size))) @ basis.T
+    target = jax.random.normal(keys[1], (size,))
+    near = jax.random.normal(keys[2], (size,))
+    lam = a @ (near + curvature * jnp.sin(near))  # So that `near` is the fixed point.
+
+    def phi(w, lam):
+        return w - a @ (w + curvature * jnp.sin(w)) + lam
+
+    def outer(w, lam):
+        return 0.5 * jnp.sum((w - target) ** 2) + 0 * jnp.sum(lam)
+
+    jacobian = a @ jnp.diag(1 + curvature * jnp.cos(near))
+    exact = jnp.linalg.solve(jacobian.T, near - target)
+    offsets = jnp.array([1.0, 1e-1, 1e-3])
+
+    @jax.jit
+    def certificates(offsets):
+        def one(offset):
+            w = near + offset * jax.random.normal(keys[3], (size,))
+            _, vjp = jax.vjp(lambda u: phi(u, lam), w)
+            v, _ = fg.gmres(max_steps=500, rtol=0.1)(lambda u: vjp(u)[0], w - target)
+            return fg.certify(outer, phi, w, v, lam)
+
+        return jax.lax.map(one, offsets)
+
+    c = certificates(offsets)
+    errors = np.linalg.norm(np.asarray(c.gradient) - np.asarray(exact)[None], axis=1)
+    assert np.all(~c.valid | ((c.error >= errors) & (c.error <= 3 * errors)))
+    assert curvature > 0 or np.all(c.valid)
+
+    hypergrad = fg.adaptive_hypergradient(outer, phi, rtol=1e-2)
+    start = near + jax.random.normal(keys[3], (size,))
+    grad, state = jax.jit(hypergrad.update)(hypergrad.init(start, lam), lam)
+    met = np.linalg.norm(grad - exact) <= 1e-2 * np.linalg.norm(exact)
+    assert met or np.all(np.isnan(grad))
+    assert curvature > 0 or met
+    assert state.info.lower.converged == met
+
+
+def test_nan_is_not_certified_to_be_right():
+    def phi(w, lam):
+        return 0.5 * jnp.cos(w) + lam
+
+    def outer(w, lam):
+        return jnp.sum(w**2) + 0 * jnp.sum(lam)
+
+    nan, half = jnp.full(1, jnp.nan), jnp.full(1, 0.5)
+    for c in (
+        fg.certify(outer, phi, nan, None, half),
+        fg.certify(outer, phi, half, None, half, gradient=nan),
+    ):
+        assert np.isnan(c.error)
+        assert np.isnan(c.relative_error)
+        assert c.reason == fg.Reason.NON_FINITE
+
+
 def test_functions_ride_along_in_lam():
     def phi(w, lam):
         return 0.5 * lam["activation"](w) + lam["x"]

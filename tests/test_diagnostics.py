@@ -168,3 +168,84 @@ def test_the_choice_for_the_paper_s_problems_is_near_the_best_of_the_alternative
     )
     exact = setting.exact(lam)
     assert np.linalg.norm(v.args_bar - exact) <= 1e-2 * np.linalg.norm(exact)
+
+
+RIGHT = {
+    # Each was accused once. Φ, E, λ, and the fixed point as the solver.
+    "a map that contracts slowly": (
+        lambda w, lam: 0.9999 * w + lam,
+        lambda w, lam: w**2,
+        1.0,
+        lambda w0, lam: lam / 1e-4,
+    ),
+    "a map that expands": (
+        lambda w, lam: -1.5 * w + lam,
+        lambda w, lam: (w - 1) ** 2,
+        1.0,
+        lambda w0, lam: lam / 2.5,
+    ),
+    "an optimum": (
+        lambda w, lam: 0.5 * w + 0.5 * lam,
+        lambda w, lam: (w - 1) ** 2,
+        1.0,
+        lambda w0, lam: 1.0 * lam,
+    ),
+    "a small lam": (
+        lambda w, lam: 0.5 * w + 1e8 * lam,
+        lambda w, lam: (w - 0.3) ** 2,
+        1e-8,
+        lambda w0, lam: 2e8 * lam,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_check_accuses_nothing_that_is_right(case):
+    phi, outer, lam, solver = RIGHT[case]
+    solve = fg.fixed_point(phi, fg.aid(fg.dense()))(solver)
+    assert fg.check(solve, outer, phi, 0.0, lam).disagree == ()
+
+
+def test_check_misses_no_gradient_that_was_cut():
+    phi = affine(symmetric(-0.2, 0.9))
+    solver = fg.picard(phi, num_steps=300)
+    found = fg.check(
+        lambda w0, lam: jax.lax.stop_gradient(solver(w0, lam)),
+        outer,
+        phi,
+        jnp.zeros(SIZE),
+        jnp.ones(SIZE),
+    )
+    assert found.disagree == ("polished", "ITD", "finite difference")
+
+
+def test_a_lower_level_that_explodes_is_named():
+    advice = fg.recommend(
+        lambda w, lam: jnp.sum(w**2), lambda w, lam: w + w**2 + lam, jnp.ones(3), jnp.ones(3)
+    )
+    assert any("not solved" in w for w in advice.warnings)
+    assert advice.name == "itd()"
+
+
+def test_a_map_with_next_to_no_jacobian_counts_as_symmetric():
+    noise = 1e-15 * np.random.default_rng(0).normal(size=(SIZE, SIZE))
+    assert advise(noise).symmetric
+
+
+def test_the_recommended_tolerance_is_one_on_the_hypergradient():
+    # E pulls along the small eigenvalues of I - J, where a residual says little.
+    a = symmetric(0.0, 0.9999)
+    values, basis = np.linalg.eigh(a)
+    pull = basis @ (1e-3 / (1 - values) + 1.0)
+    phi, ones = affine(a), jnp.ones(SIZE)
+
+    def along(w, lam):
+        return jnp.asarray(pull) @ w + 0 * jnp.sum(lam)
+
+    advice = fg.recommend(along, phi, 0 * ones, ones)
+    exact = np.linalg.solve(np.eye(SIZE) - a.T, pull)
+    for alternative in advice.alternatives:
+        if alternative.usable and alternative.name != "itd()":
+            solve = fg.fixed_point(phi, alternative.estimator)(lambda w0, lam: w0)
+            g = jax.grad(lambda lam, s=solve: along(s(0 * ones, lam), lam))(ones)
+            assert np.linalg.norm(g - exact) <= 1.01e-3 * np.linalg.norm(exact), alternative.name

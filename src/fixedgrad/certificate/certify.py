@@ -233,6 +233,8 @@ def assess(
     whole = norm(tree.sub(p.gradient, s.end))
     distance = norm(tree.sub(gradient, s.end))
     error = jnp.asarray(safety, whole.dtype) * (distance + s.rest) + p.rounding
+    # A comparison with NaN is false, and may have ended a solve at once with a correction of 0.
+    error = jnp.where(jnp.isfinite(p.r_w + p.r_v + norm(gradient)), error, jnp.nan)
 
     reason = jnp.int32(Reason.VALID)
     for holds, otherwise in (
@@ -293,6 +295,5 @@ def _proved(packed: Packed, v: PyTree, c: Constants, given: PyTree | None) -> Ce
 
 def _relative(error: jax.Array, gradient: PyTree) -> jax.Array:
     size = norm(gradient)
-    return jnp.where(
-        size > 0, error / jnp.where(size > 0, size, 1.0), jnp.where(error > 0, jnp.inf, 0.0)
-    )
+    of_nothing = jnp.where(error > 0, jnp.inf, error)  # 0 of 0 is 0, and NaN stays NaN.
+    return jnp.where(size == 0, of_nothing, error / jnp.where(size == 0, 1.0, size))

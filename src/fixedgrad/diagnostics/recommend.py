@@ -6,21 +6,23 @@ the linear system at hand with every method that applies.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from ..certificate.dual_weighted import Packed, pack
+from ..certificate.dual_weighted import Packed, krylov, pack
 from ..estimators import aid, itd
 from ..linear import bicgstab, cg, dense, fp, gmres, normal_cg
-from ..realify import norm, realified
+from ..realify import norm, realified, resolution
 from ..types import (
     Estimator,
     LinearSolver,
     Outer,
     Phi,
     PyTree,
+    SolveInfo,
     Status,
     check_number,
     failed,
@@ -30,6 +32,7 @@ from .spectrum import Facts, measure, solve_lower
 tree = optax.tree
 
 _MAX_STEPS = 5000
+_DIRECT = 2048  # Unknowns up to which a direct solve is tried.
 
 
 class Alternative(NamedTuple):
@@ -123,8 +126,9 @@ def recommend(
     """Which estimator suits this problem, why, and at what cost.
 
     Solves the lower level (Newton–Krylov), estimates ρ(J) and ‖J‖ by power iteration, the symmetry of
-    J by random probes, the extreme eigenvalues where it is symmetric, and then solves
-    (I − Jᵀ)v = ∇₁E to `rtol` by every method that applies, counting products. The rule: the cheapest
+    J by random probes, the extreme eigenvalues where it is symmetric, and then computes the
+    hypergradient at w(λ) to `rtol` by every method that applies, counting products: to residuals of
+    `rtol`, and of less by factors of ten where the hypergradient needs it. The rule: the cheapest
     that succeeded, by operations: products by the compiler's count (`dense`: a quarter of one a column,
     and 2d³/3 for the factors), what a method does with its own vectors each step, and what starting it
     amounts to; the last two as measured on a CPU. `itd` where the lower level was not solved, or
@@ -142,7 +146,7 @@ def recommend(
         w0: Where the lower-level solve starts.
         lam: λ.
         *args: Data.
-        rtol: Relative tolerance for the linear system.
+        rtol: Relative tolerance on the hypergradient at w(λ).
         key: A PRNG key for the probes; by default `jax.random.key(0)`.
         **kwargs: More data.
 
@@ -164,9 +168,10 @@ def recommend(
     w, residual, failed = solve_lower(packed, min(rtol, 1e-6))
     facts = measure(packed, w, key)
     size = int(tree.size(realified(w)[0](w)))
+    reference, _ = _hypergradient(packed, dense() if size <= _DIRECT else krylov(1e-3 * rtol))(w)
     alternatives = [
-        _try(packed, w, candidate, size, rtol, facts.flops_product)
-        for candidate in _candidates(facts, size, rtol)
+        _try(packed, w, candidate, size, rtol, facts.flops_product, reference)
+        for candidate in _candidates(facts, size)
     ]
     alternatives.append(_unrolled(facts, rtol))
     alternatives.sort(key=lambda a: (not a.usable, a.cost))
@@ -205,8 +210,7 @@ class _Candidate(NamedTuple):
     """A linear solver and what it costs beside its products.
 
     Attributes:
-        name: How it is written.
-        solver: It.
+        make: It, from a relative tolerance.
         memory: In units of w.
         why: One clause.
         products: A step.
@@ -215,8 +219,7 @@ class _Candidate(NamedTuple):
             off solves of 20 and of 200 unknowns, at 2000 operations a microsecond.
     """
 
-    name: str
-    solver: LinearSolver
+    make: Callable[..., LinearSolver]
     memory: int
     why: str
     products: int
@@ -224,51 +227,73 @@ class _Candidate(NamedTuple):
     start: float
 
 
-def _candidates(facts: Facts, size: int, rtol: float) -> Iterator[_Candidate]:
+def _candidates(facts: Facts, size: int) -> Iterator[_Candidate]:
     """The methods that apply."""
-    limits = f"max_steps={_MAX_STEPS}, rtol={rtol:g}"
-
-    def krylov(make: Callable[..., LinearSolver], *profile: Any) -> _Candidate:
-        solver = make(max_steps=_MAX_STEPS, rtol=rtol)
-        return _Candidate(f"aid({make.__name__}({limits}))", solver, *profile)
-
-    if size <= 2048:
-        why = "d is small enough for a direct solve"
-        yield _Candidate(_DENSE, dense(), size, why, 1, 0, 2e4)
+    if size <= _DIRECT:
+        yield _Candidate(dense, size, "d is small enough for a direct solve", 1, 0, 2e4)
     if facts.symmetric and facts.definite:
-        yield krylov(cg, 5, "J is symmetric and I - J positive definite", 1, 10, 2e4)
+        yield _Candidate(cg, 5, "J is symmetric and I - J positive definite", 1, 10, 2e4)
     if facts.radius < 1:
         why = f"fixed-point steps contract by about {facts.radius:.3g}"
-        yield krylov(fp, 2, why, 1, 3, 3e3)
-    yield krylov(gmres, 34, "right for any invertible I - J", 1, 4 * 31, 4e4)
+        yield _Candidate(fp, 2, why, 1, 3, 3e3)
+    yield _Candidate(gmres, 34, "right for any invertible I - J", 1, 4 * 31, 4e4)
     why = "right for any invertible I - J, in little memory"
-    yield krylov(bicgstab, 8, why, 2, 14, 4e4)
-    yield krylov(normal_cg, 5, why, 2, 10, 3e4)
+    yield _Candidate(bicgstab, 8, why, 2, 14, 4e4)
+    yield _Candidate(normal_cg, 5, why, 2, 10, 3e4)
+
+
+def _hypergradient(
+    packed: Packed, solver: LinearSolver
+) -> Callable[[PyTree], tuple[PyTree, SolveInfo]]:
+    """`w ↦ (∇₂E + Bᵀv, info)` with v by one linear solver."""
+
+    def compute(w: PyTree) -> tuple[PyTree, SolveInfo]:
+        b, direct = jax.grad(packed.outer, argnums=(0, 1))(w, packed.x)
+        _, vjp = jax.vjp(packed.phi, w, packed.x)
+        v, info = solver(lambda u: vjp(u)[0], b)
+        return tree.add(direct, vjp(v)[1]), info
+
+    return compute
 
 
 def _try(
-    packed: Packed, w: PyTree, c: _Candidate, size: int, rtol: float, flops_product: float
+    packed: Packed,
+    w: PyTree,
+    c: _Candidate,
+    size: int,
+    rtol: float,
+    flops_product: float,
+    reference: PyTree,
 ) -> Alternative:
-    """Solves (I − Jᵀ)v = ∇₁E at w with one method, and counts."""
+    """The hypergradient by one method, to the first of some tolerances that gets it right."""
+    direct = c.make is dense
 
     @jax.jit
-    def solve(w: PyTree):
-        b = jax.grad(packed.outer)(w, packed.x)
-        _, vjp = jax.vjp(lambda u: packed.phi(u, packed.x), w)
-        _, info = c.solver(lambda u: vjp(u)[0], b)
-        return info, norm(b)
+    def compute(w: PyTree, rtol: jax.Array) -> tuple[jax.Array, SolveInfo]:
+        solver = dense() if direct else c.make(max_steps=_MAX_STEPS, rtol=rtol)
+        gradient, info = _hypergradient(packed, solver)(w)
+        return norm(tree.sub(gradient, reference)), info
 
-    info, scale = solve(w)
-    usable = not bool(failed(info)) and bool(info.residual <= 2 * rtol * scale)
+    enough = rtol * float(norm(reference)) + 64 * resolution((w, packed.x)) * float(norm(w))
+    for tightened in (rtol, 0.1 * rtol, 0.01 * rtol, 1e-3 * rtol):
+        error, info = compute(w, jnp.asarray(tightened, norm(w).dtype))
+        usable = not bool(failed(info)) and float(error) <= enough
+        if usable or direct or bool(failed(info)):
+            break
     product = max(flops_product, 2.0 * size) if math.isfinite(flops_product) else 2.0 * size**2
-    if c.name == _DENSE:
-        products = size
+    if direct:
+        name, solver, products = _DENSE, dense(), size
         cost = 0.25 * size * product + (2 / 3) * size**3
     else:
+        name = f"aid({c.make.__name__}(max_steps={_MAX_STEPS}, rtol={tightened:g}))"
+        solver = c.make(max_steps=_MAX_STEPS, rtol=tightened)
         products = c.products * (int(info.num_steps) + 1)
         cost = products * product + int(info.num_steps) * c.vectors * 2.0 * size
-    why = c.why if usable else Status(int(info.status)).name
-    return Alternative(c.name, aid(c.solver), usable, products, c.start + cost, c.memory, why)
+    missed = (
+        Status(int(info.status)).name if bool(failed(info)) else "does not get the gradient right"
+    )
+    why = c.why if usable else missed
+    return Alternative(name, aid(solver), usable, products, c.start + cost, c.memory, why)
 
 
 def _unrolled(facts: Facts, rtol: float) -> Alternative:

@@ -92,7 +92,8 @@ def measure(packed: Packed, w: PyTree, key: jax.Array) -> Facts:
         skew = jnp.zeros_like(big)
         for a, b in zip(probes[:_PROBES], probes[_PROBES:], strict=True):
             left, right = (jnp.asarray(tree.vdot(*p)) for p in ((a, j(b)), (j(a), b)))
-            scale = norm(a) * norm(j(b)) + norm(j(a)) * norm(b)
+            # Of I − J: where J is next to nothing its asymmetry is too.
+            scale = norm(a) * (norm(b) + norm(j(b))) + norm(j(a)) * norm(b)
             skew = jnp.maximum(skew, ratio(jnp.abs(left - right), scale))
 
         # Extreme eigenvalues of the symmetric part S, by power iteration on ‖J‖I ± S.
