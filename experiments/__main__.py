@@ -16,6 +16,7 @@ NAMES = (
     "figure1",
     "table1",
     "memory",
+    "sparse_products",
     "batching",
     "figure2",
     "conv_eqm",
@@ -76,7 +77,7 @@ def _list_experiments(arguments: Sequence[str]) -> int:
         prog="python -m experiments",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Runs one experiment: python -m experiments NAME [options].",
-        epilog="\n".join(["experiments:", *(f"  {name:<12}{_claim(name)}" for name in NAMES)]),
+        epilog="\n".join(["experiments:", *(f"  {name:<16}{_claim(name)}" for name in NAMES)]),
     )
     parser.add_argument("NAME", nargs="?", help="which one; `NAME --help` shows its options")
     parser.parse_args(arguments)

@@ -30,6 +30,7 @@ SMALLER = {"figure1": ["--settings", "lr", "br"]}
 NEEDS = {
     "table1": ("parkinsons", "fashion_mnist", "news20"),
     "memory": ("news20",),
+    "sparse_products": ("news20",),
     "figure2": ("mnist",),
     "conv_eqm": ("mnist",),
 }
