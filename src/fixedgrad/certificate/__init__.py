@@ -11,4 +11,4 @@ from .certify import Certificate as Certificate
 from .certify import Level as Level
 from .certify import Reason as Reason
 from .certify import certify as certify
-from .dual_weighted import Products as Products
+from .lagrangian import Products as Products

@@ -28,19 +28,8 @@ from ..types import (
     status_where,
 )
 from .certify import Certificate, assess
-from .dual_weighted import (
-    Packed,
-    Products,
-    Seen,
-    check_factory,
-    dual_weighted,
-    krylov,
-    lagrangian,
-    nothing_seen,
-    pack,
-    ratio,
-    single,
-)
+from .dual_weighted import Seen, dual_weighted, nothing_seen, single
+from .lagrangian import Packed, Products, check_factory, krylov, lagrangian, pack, ratio
 from .newton import LOOSE, newton_krylov, products_of
 
 tree = optax.tree

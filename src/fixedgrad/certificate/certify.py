@@ -25,16 +25,8 @@ from ..types import (
     check_number,
     check_same,
 )
-from .dual_weighted import (
-    Packed,
-    Products,
-    Refined,
-    check_factory,
-    krylov,
-    pack,
-    refine,
-    solve_v,
-)
+from .dual_weighted import Refined, refine
+from .lagrangian import Packed, Products, check_factory, krylov, pack, solve_v
 from .proved import bound
 
 tree = optax.tree

@@ -10,7 +10,7 @@ from jax import lax
 
 from ..realify import norm, resolution
 from ..types import LinearSolver, PyTree, Scalar, SolveInfo, failed
-from .dual_weighted import Packed, Products, ratio
+from .lagrangian import Packed, Products, ratio
 
 tree = optax.tree
 

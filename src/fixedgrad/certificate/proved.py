@@ -10,7 +10,7 @@ from jax import lax
 from ..bounds import Constants
 from ..realify import norm, resolution
 from ..types import PyTree
-from .dual_weighted import Packed, Products, lagrangian
+from .lagrangian import Packed, Products, lagrangian
 
 tree = optax.tree
 

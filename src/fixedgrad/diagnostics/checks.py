@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ..certificate.certify import Certificate, Reason, certify
-from ..certificate.dual_weighted import pack
+from ..certificate.lagrangian import pack
 from ..decorator import fixed_point
 from ..estimators import truncated_itd
 from ..packing import check_arrays, partition, split_lam, strongly_typed

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..certificate.dual_weighted import Packed, krylov, pack
+from ..certificate.lagrangian import Packed, krylov, pack
 from ..estimators import aid, itd
 from ..linear import bicgstab, cg, dense, fp, gmres, normal_cg
 from ..realify import norm, realified, resolution

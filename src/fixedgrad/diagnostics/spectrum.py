@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..certificate.dual_weighted import Packed, Products, krylov, ratio
+from ..certificate.lagrangian import Packed, Products, krylov, ratio
 from ..certificate.newton import newton_krylov
 from ..realify import norm, realified, resolution
 from ..types import PyTree
