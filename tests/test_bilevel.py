@@ -487,6 +487,35 @@ def test_a_failure_that_is_to_be_ignored_does_not_stop():
         assert bool(state.stopped) == bool(jnp.isnan(history.gradient_norm[0])) == stops
 
 
+@pytest.mark.parametrize("entry", [0.0, -jnp.inf], ids=["finite", "with an infinite entry"])
+def test_a_step_that_overflows_is_not_taken(entry):
+    # f′ = 2λ − 3 is finite, 1e308 times it is not; an entry that was infinite from the start may be.
+    lam = jnp.array([10.0, entry])
+
+    def phi(w, lam):
+        return halved(w, lam[0])
+
+    hypergrad = fg.hypergradient(
+        lambda w, lam: to_three(w, lam[0]), phi, fg.picard(phi, num_steps=60), fg.aid(fg.dense())
+    )
+    loop = fg.bilevel(hypergrad, optax.sgd(1e308))
+    state, history = fg.run(loop, loop.init(0.0, lam), num_steps=3)
+    assert bool(jnp.isfinite(history.gradient_norm[0]))
+    assert bool(state.stopped)
+    np.testing.assert_array_equal(state.lam, lam)
+    loop = fg.bilevel(hypergrad, optax.sgd(0.1))
+    state, _ = fg.run(loop, loop.init(0.0, lam), num_steps=3)
+    assert not bool(state.stopped)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_a_line_search_is_refused_with_what_the_loop_gives():
+    loop = fg.bilevel(of_halved(), optax.lbfgs())
+    with pytest.raises(TypeError, match="value_fn") as caught:
+        loop.step(loop.init(0.0, 1.0))
+    assert any("gives the optimiser gradients" in note for note in caught.value.__notes__)
+
+
 # Many loops at once.
 
 

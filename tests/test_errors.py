@@ -610,6 +610,24 @@ BILEVEL_ROWS = [
         "`num_steps` of `run` must be a positive integer known before tracing, got 0",
         lambda: fg.run(fg.bilevel(HYPERGRAD, optax.sgd(0.1)), None, num_steps=0),
     ),
+    Row(
+        "bilevel with a function in lam",
+        TypeError,
+        r"`lam` of `bilevel` must hold arrays and numbers only, got .* at `lam\[1\]`; keep it",
+        lambda: fg.bilevel(HYPERGRAD, optax.sgd(0.1)).init(ONES, (ONES, jnp.tanh)),
+    ),
+    Row(
+        "run with a number as its rule",
+        TypeError,
+        r"`stop` of `run` must be a function `stop\(record\) -> bool array`, got 1e-06",
+        lambda: _run(stop=1e-6),
+    ),
+    Row(
+        "run with a rule that gives a number",
+        TypeError,
+        r"`stop` of `run` must return one boolean, got float64\[\]; compare, as in",
+        lambda: _run(stop=lambda record: record.value),
+    ),
 ]
 
 TRUST_ROWS = [
@@ -683,6 +701,11 @@ TRUST_ROWS = [
         lambda: fg.recommend(loss, half, ONES, ONES, rtol=2.0),
     ),
 ]
+
+
+def _run(stop):
+    loop = fg.bilevel(HYPERGRAD, optax.sgd(0.1))
+    return fg.run(loop, loop.init(ONES, ONES), num_steps=2, stop=stop)
 
 
 def _one_step(loop):

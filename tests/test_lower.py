@@ -394,8 +394,9 @@ def ridge_loss(w, lam, x, *, y):
         optax.sgd(0.6),
         optax.sgd(0.4, momentum=0.3),
         optax.adam(optax.exponential_decay(0.3, 30, 0.5)),
+        optax.lbfgs(),
     ],
-    ids=["sgd", "momentum", "adam"],
+    ids=["sgd", "momentum", "adam", "lbfgs"],
 )
 @jax.numpy_dtype_promotion("standard")  # Adam itself promotes its integer count.
 def test_optax_solver_finds_the_minimiser_and_takes_the_map_of_another_method(optimizer):

@@ -11,9 +11,15 @@ from jax import lax
 
 from .hypergradient import Hypergradient, HypergradientState
 from .lower.adapters import check_optimizer
-from .packing import blank, partition, strongly_typed
+from .packing import blank, check_arrays, partition, strongly_typed
 from .realify import norm, steepest_ascent
-from .types import PyTree, check_callable, check_count, check_same
+from .types import PyTree, check_callable, check_count, check_same, hint, shapes_of
+
+_ASKED = (
+    "`bilevel` gives the optimiser gradients, its state, λ, and the `value` and `grad` at λ. One that "
+    "asks for `value_fn`, such as `optax.lbfgs`, needs a line search in which each trial is a lower "
+    "level solved anew: take `optax.adam`, or `optax.sgd` with momentum."
+)
 
 
 class BilevelState(NamedTuple):
@@ -24,7 +30,7 @@ class BilevelState(NamedTuple):
         hypergrad: The state of the hypergradient; its w, v, value and info are of the λ before `lam`.
         optimizer: The state of the optax optimiser.
         num_steps: Outer steps taken, int32.
-        stopped: Whether the loop has ended: a rule said so, or a hypergradient was not finite.
+        stopped: Whether the loop has ended: a rule said so, or a hypergradient or λ was not finite.
     """
 
     lam: PyTree
@@ -76,9 +82,9 @@ def bilevel(
 ) -> Bilevel:
     """The outer loop min over λ of f(λ): λ ← P(λ + updates), the updates by optax from g(λ).
 
-    A hypergradient that is not finite (a failed solve, by the policy of `hypergradient`) moves
-    nothing: the loop stops with the last good λ in its state. Both functions are pure and unjitted;
-    `run` puts many steps into one compiled scan.
+    A hypergradient that is not finite (a failed solve, by the policy of `hypergradient`), or a λ that
+    would overflow, moves nothing: the loop stops with the last good λ in its state. Both functions
+    are pure and unjitted; `run` puts many steps into one compiled scan.
 
     Assumed, not checked: `project` is the projection that the optimiser's updates ask for; for
     gradient descent on a convex set it is the Euclidean one.
@@ -97,8 +103,8 @@ def bilevel(
         The pair (`init`, `step`), a `Bilevel`.
 
     Raises:
-        TypeError: An argument is not of its kind; when called, the projection changes λ's
-            structure, shapes or dtypes.
+        TypeError: An argument is not of its kind; when called, λ has a leaf that is neither array nor
+            number, or the projection changes λ's structure, shapes or dtypes.
 
     >>> import fixedgrad as fg
     >>> phi = lambda w, lam: 0.5 * w + lam
@@ -124,6 +130,7 @@ def bilevel(
     full = optax.with_extra_args_support(optimizer)
 
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> BilevelState:
+        check_arrays("bilevel", "lam", lam)
         lam = strongly_typed(lam)
         hyper = hypergrad.init(w0, lam, *args, **kwargs)
         return BilevelState(
@@ -142,14 +149,16 @@ def bilevel(
         # The optimiser sees what has a gradient; `None` stands for integers and keys.
         x, rest, join = partition(state.lam)
         ascent = steepest_ascent(partition(grad)[0])
-        updates, optimizer_state = full.update(
-            ascent, state.optimizer, x, value=hyper.value, grad=ascent
-        )
+        with hint(TypeError, text=lambda: _ASKED):
+            updates, optimizer_state = full.update(
+                ascent, state.optimizer, x, value=hyper.value, grad=ascent
+            )
         lam = join(optax.apply_updates(x, updates), rest)
         if project is not None:
             projected = project(lam)
             check_same("bilevel", projected, lam, "`project(lam)`", "`lam`")
             lam = projected
+        finite &= _stays_finite(state.lam, lam)
         lam, optimizer_state = optax.tree.where(
             finite, (lam, optimizer_state), (state.lam, state.optimizer)
         )
@@ -203,6 +212,7 @@ def run(
         `taken` false, after an early stop, hold NaN and zeros.
 
     Raises:
+        TypeError: `stop` is not a function, or does not return one boolean.
         ValueError: `num_steps` is not a positive integer.
 
     >>> import fixedgrad as fg
@@ -216,7 +226,16 @@ def run(
     (6, 6)
     """
     check_count("run", "num_steps", num_steps)
+    if stop is not None:
+        check_callable("run", "stop", stop, "stop(record) -> bool array")
     return _scan(loop, stop, num_steps, state, args, kwargs)
+
+
+def _stays_finite(before: PyTree, after: PyTree) -> jax.Array:
+    """Whether no entry has become infinite or NaN; those that were so may stay."""
+    pairs = zip(*(jax.tree.leaves(partition(x)[0]) for x in (before, after)), strict=True)
+    kept = [jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old)) for old, new in pairs]
+    return jnp.all(jnp.stack(kept))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -233,7 +252,13 @@ def _scan(
     def take(state: BilevelState) -> tuple[BilevelState, Record]:
         state, record = loop.step(state, *args, **kwargs)
         if stop is not None:
-            state = state._replace(stopped=state.stopped | stop(record))
+            now = jnp.asarray(stop(record))
+            if now.shape != () or now.dtype != jnp.bool_:
+                raise TypeError(
+                    f"`stop` of `run` must return one boolean, got {shapes_of(now)}; compare, as in "
+                    "`record.value < 1e-6`."
+                )
+            state = state._replace(stopped=state.stopped | now)
         return state, record
 
     def skip(state: BilevelState) -> tuple[BilevelState, Record]:

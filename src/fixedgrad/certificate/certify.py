@@ -116,16 +116,16 @@ def certify(
         e_w ≈ A⁻¹ r_w,     (h_w, h_λ) = d/dw ∇_{w,λ}L [e_w],     e_v ≈ A⁻ᵀ (h_w − r_v),
         est = h_λ + Bᵀe_v ≈ ĝ − ∇f,      (w, v) ← (w − e_w, v − e_v).
 
-    A second pass starts at the corrected pair: its est₂ is what the first left, be it for curvature or
-    for a loose solve of an ill-conditioned system. A third and fourth, by tight solves, come only where
-    ‖est₂‖ is more than a quarter of the whole correction. With g⁺ = ∇_λ L − est at the last pair and
-    θ the ratio of the last two corrections,
+    A second pass starts at the corrected pair, with solves that go below the residuals that the first
+    ones left: its est₂ is what the first pass missed, be it for curvature or for a loose solve of an
+    ill-conditioned system. More passes, six at most, by tight solves, come only where ‖est₂‖ is more
+    than a quarter of the whole correction, or where a solve amplified its right-hand side by twice
+    what those before had, which shows that they were too loose to see the largest error. With
+    g⁺ = ∇_λ L − est at the last pair and θ the ratio of the last two corrections,
 
         error = safety (‖ĝ − g⁺‖ + ‖est_last‖ θ / (1 − θ)) + rounding.
 
-    It is an estimate. `valid` is false where something was seen that speaks against it: not finite, a
-    failed loose solve, a Newton step that does not halve ‖w − Φ(w)‖, a jump of J, corrections that
-    do not contract.
+    It is an estimate. `valid` is false where something was seen that speaks against it: see `Reason`.
 
     Level "proved", an upper bound from constants of the caller, with ε = ‖r_w‖/μ and L = ‖B‖:
 
@@ -137,9 +137,10 @@ def certify(
 
     Assumed, not checked: that the fixed point near w is the one that is meant.
 
-    Cost: "estimate": in all two solves with J and two with Jᵀ to `solve_rtol` and to its root, a rough
-    one to tell the parts apart, and eleven products; measured in `products`. "proved": two Φ and about
-    twenty products. Memory: that of the linear solver.
+    Cost: "estimate": two passes as a rule, each one solve with J and one with Jᵀ, to `solve_rtol` and
+    then below what those left; a rough solve with Jᵀ that tells the parts apart; eleven products.
+    Measured in `products`: 2 to 4 times the products of the linear solve at 1e-3 alone. "proved": two
+    Φ and about twenty products. Memory: that of the linear solver.
     When not to use it: far from the solution of a non-convex problem (it says `FAR`); at kinks of a
     proximal map between w and w(λ).
 
@@ -153,7 +154,9 @@ def certify(
         level: "estimate" or "proved".
         constants: `fixedgrad.bounds.Constants` at this λ, for level "proved": `mu`, `nu1`, `nu2`,
             `eta1`, `eta2`, `L_Phi` and, if Φ is a contraction, `q`, on the ball of radius ε around w.
-        solve_rtol: Relative tolerance of the first pass; its root is that of the second.
+        solve_rtol: Relative tolerance of the solves in the first pass; its root is that of the second,
+            relative to what the first left. Looser ones cost less and miss more of the error where the
+            system is ill-conditioned.
         safety: Factor on the estimate.
         linear_solver: `linear_solver(rtol) -> LinearSolver` for J and Jᵀ; by default `gmres`, right for
             any invertible A. `lambda rtol: cg(max_steps=1000, rtol=rtol)` takes less memory where J

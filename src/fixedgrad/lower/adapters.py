@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from ..failure import check_on_failure
-from ..packing import SOLVED, check_arrays, check_phi, split_static
+from ..packing import SOLVED, check_arrays, check_phi, split_static, strongly_typed
 from ..realify import steepest_ascent
 from ..types import (
     OnFailure,
@@ -170,8 +170,8 @@ def from_optax(
 
     Args:
         loss: `loss(w, *args, **kwargs) -> scalar`.
-        optimizer: An optax optimiser that asks for nothing but gradients, state and w; a line
-            search asks for the value too.
+        optimizer: An optax optimiser; a line search, as in `optax.lbfgs`, gets value and loss too, and
+            takes several evaluations of the loss a step.
         num_steps: The number of steps.
 
     Returns:
@@ -179,7 +179,7 @@ def from_optax(
 
     Raises:
         TypeError: `loss` is not callable, `optimizer` not an optimiser; when called, the loss is
-            not a real scalar, w0 has a leaf that is not inexact, or the optimiser asks for more.
+            not a real scalar, or w0 has a leaf that is not inexact.
         ValueError: `num_steps` is not a positive integer.
 
     >>> solver = from_optax(lambda w, lam: (w - lam) ** 2, optax.sgd(0.25), num_steps=30)
@@ -189,6 +189,7 @@ def from_optax(
     check_callable("from_optax", "loss", loss, "loss(w, *args) -> scalar")
     check_count("from_optax", "num_steps", num_steps)
     check_optimizer("from_optax", optimizer)
+    full = optax.with_extra_args_support(optimizer)
 
     def solver(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         check_inexact("from_optax", "w0", w0)
@@ -201,10 +202,14 @@ def from_optax(
 
         def step(_: jax.Array, carry: Any) -> Any:
             w, state = carry
-            updates, state = optimizer.update(steepest_ascent(jax.grad(scalar_loss)(w)), state, w)
+            value, grad = jax.value_and_grad(scalar_loss)(w)
+            ascent = steepest_ascent(grad)
+            updates, state = full.update(
+                ascent, state, w, value=value, grad=ascent, value_fn=scalar_loss
+            )
             return optax.apply_updates(w, updates), state
 
-        return lax.fori_loop(0, num_steps, step, (w0, optimizer.init(w0)))[0]
+        return lax.fori_loop(0, num_steps, step, (w0, strongly_typed(full.init(w0))))[0]
 
     return solver
 
