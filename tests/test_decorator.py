@@ -648,3 +648,22 @@ def test_a_decorated_solver_inside_the_explicit_form_keeps_its_rule():
     grad, _ = given.update(given.init(0.0, lam), lam)
     want = jax.grad(lambda lam: decorated(jnp.zeros(()), lam) ** 2)(lam)
     np.testing.assert_allclose(grad, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "estimator", [fg.aid, lambda s: fg.forward(fg.aid(s))], ids=["aid", "forward"]
+)
+def test_a_tolerance_that_depends_on_lam_is_constant_for_derivatives(estimator):
+    def f(lam, tol):
+        solver = fg.picard(_cosine, max_steps=90, rtol=tol)
+        solve = fg.fixed_point(_cosine, estimator(fg.gmres(max_steps=9, rtol=tol)))(solver)
+        return solve(jnp.zeros(()), lam)
+
+    lam = jnp.asarray(0.3)
+    fixed = jax.grad(f)(lam, 1e-9)
+    assert_close(jax.grad(lambda lam: f(lam, 1e-8 * lam))(lam), fixed, 1e-7)
+    assert jax.grad(f, argnums=1)(lam, jnp.asarray(1e-9)) == 0.0
+
+
+def _cosine(w, lam):
+    return 0.5 * jnp.cos(w) + lam

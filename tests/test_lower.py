@@ -244,6 +244,22 @@ def test_rejected_points_of_anderson_do_not_spoil_the_result():
     assert abs(float(phi(w) - w)) < 1e-7
 
 
+@pytest.mark.parametrize("num_steps", [8, 30])
+def test_itd_through_anderson_is_right_after_it_has_converged(num_steps):
+    # Two unknowns and a window of five: the residuals in it are collinear to rounding.
+    def phi(w, lam):
+        return 0.5 * jnp.cos(jnp.array([[0.4, 0.1], [0.2, 0.3]]) @ w) + lam
+
+    def f(lam, estimator):
+        solve = fg.fixed_point(phi, estimator)(fg.anderson(phi, num_steps=num_steps))
+        return solve(jnp.zeros(2), lam) @ jnp.array([1.0, 2.0])
+
+    lam = jnp.array([0.3, 0.1])
+    exact = jax.grad(f)(lam, fg.aid(fg.dense()))
+    assert_close(jax.grad(f)(lam, fg.itd()), exact, 1e-7)
+    assert_close(jax.jacfwd(f)(lam, fg.itd()), exact, 1e-7)
+
+
 def test_anderson_runs_under_vmap_with_elements_of_different_difficulty():
     solver = fg.anderson(lambda w, q: jnp.tanh(q * w) + 0.5, max_steps=50, rtol=1e-8)
     q = jnp.array([0.1, 0.7, 0.4])

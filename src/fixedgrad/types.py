@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 PyTree = Any
@@ -226,6 +227,8 @@ def stopping(
                 f"`{where}` with `num_steps` takes exactly that many steps and has no tolerance, "
                 f"got {name}={tolerance!r}; use `max_steps` for early stopping."
             )
+    # A tolerance that depends on λ is no way in which the solution does.
+    rtol, atol = (lax.stop_gradient(x) if isinstance(x, Tracer) else x for x in (rtol, atol))
     return Stopping(num_steps, max_steps or 0, rtol, atol)
 
 

@@ -57,7 +57,7 @@ def anderson(
         rtol: Relative tolerance on the residual.
         atol: Absolute tolerance on the residual.
         window: How many iterates are mixed.
-        regularisation: ε, relative to the smallest residual in the window.
+        regularisation: ε, relative to the smallest residual in the window; never below rounding.
         on_failure: "nan", "warn", "raise" or "ignore", for direct calls that miss the tolerance.
 
     Returns:
@@ -173,8 +173,10 @@ def _mix(
     used = jnp.arange(window, dtype=filled.dtype) < filled
     gram = jnp.where(used[:, None] & used[None, :], gram, 0.0)
     one = used.astype(gram.dtype)
-    alpha = one * jnp.linalg.solve(
-        gram + jnp.asarray(regularisation, gram.dtype) * jnp.eye(window, dtype=gram.dtype), one
-    )
-    alpha = alpha / jnp.sum(alpha)
+    # Not below the rounding of F: there it is singular, and its solution infinite.
+    rounding = jnp.finfo(gram.dtype).eps * lax.stop_gradient(jnp.trace(gram))
+    epsilon = jnp.maximum(jnp.asarray(regularisation, gram.dtype), rounding)
+    alpha = one * jnp.linalg.solve(gram + epsilon * jnp.eye(window, dtype=gram.dtype), one)
+    # Of an empty window, after a rejection, nothing is used: not NaN, which reverse mode would spread.
+    alpha = alpha / jnp.where(filled > 0, jnp.sum(alpha), 1.0)
     return jax.tree.map(lambda h: jnp.tensordot(alpha, h, axes=1, precision="highest"), images)
