@@ -695,6 +695,18 @@ TRUST_ROWS = [
         lambda: fg.check(lambda w0, lam: w0, None, half, ONES, ONES),
     ),
     Row(
+        "check under jit",
+        TypeError,
+        r"`check` looks at numbers .* got a traced float64\[2\]; call it outside `jit`",
+        lambda: jax.jit(lambda lam: fg.check(half, loss, half, ONES, lam))(ONES),
+    ),
+    Row(
+        "recommend under vmap",
+        TypeError,
+        r"`recommend` looks at numbers .* got a traced float64\[\]; call it outside `jit`",
+        lambda: jax.vmap(lambda lam: fg.recommend(loss, half, ONES, lam))(ONES),
+    ),
+    Row(
         "recommend to no accuracy",
         ValueError,
         r"`rtol` of `recommend` must be a number in \(0, 1\), got 2.0",

@@ -72,6 +72,16 @@ def check_arrays(where: str, name: str, tree: PyTree) -> None:
             )
 
 
+def check_concrete(where: str, tree: PyTree) -> None:
+    """Raises `TypeError` if a leaf of `tree` is traced."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, Tracer):
+            raise TypeError(
+                f"`{where}` looks at numbers and returns text: it needs concrete arguments, got "
+                f"{show(leaf)}; call it outside `jit`, `vmap` and `grad`."
+            )
+
+
 def check_phi(where: str, phi: Phi, w: PyTree, name: str, args: PyTree, kwargs: PyTree) -> None:
     """Raises `TypeError` unless Φ(w) is like w; what Φ raises gets a note of what it was given."""
     with phi_hint(where, w, args, kwargs):

@@ -12,7 +12,7 @@ from ..certificate.certify import Certificate, Reason, certify
 from ..certificate.lagrangian import pack
 from ..decorator import fixed_point
 from ..estimators import truncated_itd
-from ..packing import check_arrays, partition, split_lam, strongly_typed
+from ..packing import check_arrays, check_concrete, partition, split_lam, strongly_typed
 from ..realify import norm, resolution
 from ..types import Outer, Phi, PyTree, check_callable
 from .spectrum import solve_lower
@@ -88,7 +88,7 @@ def check(
         A `Check`; print it.
 
     Raises:
-        TypeError: An argument is not of its kind or shape.
+        TypeError: An argument is not of its kind or shape, or is traced.
 
     >>> import fixedgrad as fg
     >>> phi = lambda w, lam: 0.5 * jnp.cos(w) + lam
@@ -100,6 +100,7 @@ def check(
     check_callable("check", "outer", outer, "outer(w, lam, *args) -> scalar")
     check_callable("check", "phi", phi, "phi(w, lam, *args) -> w")
     check_arrays("check", "w0", w0)
+    check_concrete("check", (w0, lam, args, kwargs))
     w0, lam = strongly_typed((w0, lam))
     x, join, join_gradient = split_lam("check", lam)
 

@@ -15,6 +15,7 @@ import optax
 from ..certificate.lagrangian import Packed, krylov, pack
 from ..estimators import aid, itd
 from ..linear import bicgstab, cg, dense, fp, gmres, normal_cg
+from ..packing import check_concrete
 from ..realify import norm, realified, resolution
 from ..types import (
     Estimator,
@@ -120,7 +121,7 @@ def recommend(
     /,
     *args: PyTree,
     rtol: float = 1e-3,
-    key: jax.Array | None = None,
+    seed: int = 0,
     **kwargs: PyTree,
 ) -> Recommendation:
     """Which estimator suits this problem, why, and at what cost.
@@ -147,14 +148,14 @@ def recommend(
         lam: λ.
         *args: Data.
         rtol: Relative tolerance on the hypergradient at w(λ).
-        key: A PRNG key for the probes; by default `jax.random.key(0)`.
+        seed: Of the random probes.
         **kwargs: More data.
 
     Returns:
         A `Recommendation`; print it.
 
     Raises:
-        TypeError: An argument is not of its kind or shape.
+        TypeError: An argument is not of its kind or shape, or is traced.
         ValueError: `rtol` is not in (0, 1).
 
     >>> phi = lambda w, lam: 0.5 * w + lam
@@ -163,10 +164,10 @@ def recommend(
     (True, 0.5, ())
     """
     check_number("recommend", "rtol", rtol, lambda x: 0 < x < 1, "a number in (0, 1)")
-    key = jax.random.key(0) if key is None else key
+    check_concrete("recommend", (w0, lam, args, kwargs))
     packed = pack("recommend", outer, phi, w0, lam, args, kwargs)
     w, residual, failed = solve_lower(packed, min(rtol, 1e-6))
-    facts = measure(packed, w, key)
+    facts = measure(packed, w, jax.random.key(seed))
     size = int(tree.size(realified(w)[0](w)))
     reference, _ = _hypergradient(packed, dense() if size <= _DIRECT else krylov(1e-3 * rtol))(w)
     alternatives = [
