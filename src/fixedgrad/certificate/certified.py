@@ -19,6 +19,9 @@ tree = optax.tree
 def certified(hypergrad: Hypergradient, *, every: int = 1, **options: Any) -> Hypergradient:
     """The same hypergradient, with a `Certificate` in its state, renewed every `every` updates.
 
+    It is of the ĝ = ∇₂E + Bᵀv that the (w, v) in the state gives, or of the gradient itself where the
+    estimator has no v (`itd`). A failed solve, whose gradient the policy made NaN, has one as well.
+
     Cost: that of `certify` in every `every`-th update.
 
     Args:
@@ -47,8 +50,8 @@ def certified(hypergrad: Hypergradient, *, every: int = 1, **options: Any) -> Hy
 def polished(hypergrad: Hypergradient, **options: Any) -> Hypergradient:
     """The corrected hypergradient g⁺ instead of ĝ, with its `Certificate` in the state.
 
-    g⁺ is handed out where the certificate is valid, ĝ elsewhere: typically 7 to 500 times closer to
-    ∇f than ĝ, since its error is quadratic in that of (w, v).
+    g⁺ is handed out where the certificate is valid, ĝ elsewhere. Its error is quadratic in that of
+    (w, v). The certificate is that of ĝ: `error` is what ĝ errs by, `remainder` what g⁺ may.
 
     Cost: that of `certify` in every update.
 

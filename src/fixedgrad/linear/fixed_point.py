@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..types import LinearSolver, PyTree, Scalar, SolveInfo, Status, status_where, stopping
+from ..types import LinearSolver, PyTree, Scalar, SolveInfo, stopping
 from .frame import System, linear_solver, tree
 
 
@@ -72,7 +72,7 @@ def fp(
             # One product less than it may seem: x₁ = b is free, and what has grown is judged at
             # xₖ₋₁, so that the product behind the true residual runs only if somebody reads it.
             carry = lax.fori_loop(1, stop.num_steps, lambda _, c: step(c), carry)
-            status = status_where(residual(carry) > start, Status.GROWING, Status.FIXED_STEPS)
+            status = system.steps_status(residual(carry), start, carry[2])
             return carry[2], system.fixed(stop.num_steps, carry[2], status)
 
         tol = system.tolerance(stop)

@@ -67,6 +67,11 @@ class System(NamedTuple):
         # ‖b − Ax‖ at rounding, where ‖A‖ ≤ 2 for the contractions of this library.
         return rounding(self.eps) * (self.norm + 2 * norm_of(x))
 
+    def steps_status(self, residual: jax.Array, start: jax.Array, x: PyTree) -> jax.Array:
+        """The status of exact steps that ended in x, by the residual norms there and at the start."""
+        grown = residual > jnp.maximum(start, self.floor(x))
+        return status_where(grown, Status.GROWING, Status.FIXED_STEPS)
+
     @property
     def noise(self) -> float:
         """The share of ‖b‖ that may be rounding before x means nothing."""

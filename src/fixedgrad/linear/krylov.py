@@ -167,7 +167,7 @@ def bicgstab(
         zero, zeros = jnp.zeros_like(start), tree.zeros_like(r)
         carry = _BiCGStab(jnp.int32(0), zeros, r, r, zeros, zeros, zero, zero, zero, start)
         c = lax.while_loop(unfinished, step, varying_alike(carry))
-        status = status_where(c.norm > start, Status.GROWING, Status.FIXED_STEPS)
+        status = system.steps_status(c.norm, start, c.x)
         status = status_where(lost(c) & (c.norm > least), Status.MAX_STEPS, status)
         # As in GMRES: x so large that its rounding is as large as r lies along a null vector of A.
         singular = (eps * tree.norm(c.x) >= system.noise * start) & (start > 0)
