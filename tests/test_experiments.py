@@ -25,7 +25,7 @@ from experiments import convergence, data, report
 from experiments.__main__ import NAMES, main
 
 # What makes an experiment smaller still than `--quick` does.
-SMALLER = {"figure1": ["--settings", "lr", "br"]}
+SMALLER = {"figure1": ["--settings", "lr", "br"], "table1": ["--methods", "itd", "cg_k"]}
 # The data sets that an experiment loads, but those inside scikit-learn, which are always there.
 NEEDS = {
     "table1": ("parkinsons", "fashion_mnist", "news20"),

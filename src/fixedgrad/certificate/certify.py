@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from ..bounds import Constants
-from ..packing import partition
+from ..packing import partition, split_lam, split_static
 from ..realify import norm
 from ..types import (
     LinearSolver,
@@ -196,23 +196,37 @@ def certify(
             f"that level only, got level={level!r}, constants={constants!r}. They must come from "
             "you: no finite number of products can bound the smallest singular value of I - J."
         )
-    packed = pack("certify", outer, phi, w, lam, args, kwargs)
-    extra = jnp.int32(0)
-    if v is None:
-        v_x, extra = solve_v(packed, linear_solver(solve_rtol))
-    else:
-        check_same(
-            "certify", jax.tree.map(jnp.asarray, v), jax.tree.map(jnp.asarray, w), "`v`", "`w`"
-        )
-        v_x = partition(jax.tree.map(jnp.asarray, v))[0]
-    given = None
-    if gradient is not None:
-        given = partition(jax.tree.map(jnp.asarray, gradient))[0]
-        check_same("certify", given, packed.x, "`gradient`", "`lam` (its inexact leaves)")
-    if constants is not None:
-        return _proved(packed, v_x, constants, given)
-    passes = refine(packed, packed.w, v_x, linear_solver, solve_rtol, _MAX_PASSES)
-    return assess(packed, passes, given, safety, extra)
+    # In one compiled program, not one for each operation, where the caller has none; λ's leaves that
+    # are no arrays can be no output of it.
+    layout, arrays = split_static(
+        (w, v, lam, args, kwargs, constants, gradient, solve_rtol, safety)
+    )
+
+    def compute(arrays: list[jax.Array]) -> Certificate:
+        w, v, lam, args, kwargs, constants, gradient, solve_rtol, safety = layout.join(arrays)
+        packed = pack("certify", outer, phi, w, lam, args, kwargs)
+        packed = packed._replace(join_gradient=lambda x: x)
+        extra = jnp.int32(0)
+        if v is None:
+            v_x, extra = solve_v(packed, linear_solver(solve_rtol))
+        else:
+            v, w = jax.tree.map(jnp.asarray, (v, w))
+            check_same("certify", v, w, "`v`", "`w`")
+            v_x = partition(v)[0]
+        given = None
+        if gradient is not None:
+            given = partition(jax.tree.map(jnp.asarray, gradient))[0]
+            check_same("certify", given, packed.x, "`gradient`", "`lam` (its inexact leaves)")
+        if constants is not None:
+            return _proved(packed, v_x, constants, given)
+        passes = refine(packed, packed.w, v_x, linear_solver, solve_rtol, _MAX_PASSES)
+        return assess(packed, passes, given, safety, extra)
+
+    certificate = jax.jit(compute)(arrays)
+    _, _, join_gradient = split_lam("certify", lam)
+    return certificate._replace(
+        gradient=join_gradient(certificate.gradient), polished=join_gradient(certificate.polished)
+    )
 
 
 def assess(

@@ -125,6 +125,7 @@ def check(
     unrolled, halfway = itd(num_steps), itd(max(num_steps // 2, 1))
     conclusive = norm(tree.sub(unrolled, halfway)) <= 0.1 * rtol * norm(unrolled) + rounding
 
+    @jax.jit
     def exact(x: PyTree) -> jax.Array:
         packed = pack("check", outer, phi, w, join(x), args, kwargs)
         solved, _, _ = solve_lower(packed, 0.0)

@@ -34,7 +34,7 @@ class Facts(NamedTuple):
     flops_product: float
 
 
-def solve_lower(packed: Packed, rtol: float) -> tuple[PyTree, jax.Array, bool]:
+def solve_lower(packed: Packed, rtol: float) -> tuple[PyTree, jax.Array, jax.Array]:
     """(w, ‖Φ(w) − w‖, whether it failed) by Newton–Krylov, to `rtol` ‖Φ(w)‖ or to the floor."""
 
     @jax.jit
@@ -50,8 +50,7 @@ def solve_lower(packed: Packed, rtol: float) -> tuple[PyTree, jax.Array, bool]:
         solved = jnp.isfinite(size) & (size <= jnp.maximum(rtol * norm(image), floor))
         return w, size, ~solved
 
-    w, size, failed = solve(packed.w)
-    return w, size, bool(failed)
+    return solve(packed.w)
 
 
 def measure(packed: Packed, w: PyTree, key: jax.Array) -> Facts:
