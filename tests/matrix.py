@@ -7,7 +7,6 @@ transformations under `jit` of `vmap` only, `--estimator NAME` one row, `--solve
 import argparse
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -188,11 +187,11 @@ def main(arguments: list[str] | None = None) -> int:
     variants = ("vmap",) if options.quick else tuple(VARIANTS)
     names = [options.estimator] if options.estimator else list(ESTIMATORS)
     wrong = counted = 0
-    context = get_context("spawn")
-    with ProcessPoolExecutor(options.processes, context, max_tasks_per_child=8) as pool:
+    # Not `ProcessPoolExecutor`, whose `max_tasks_per_child` can hang in Python 3.11.
+    with get_context("spawn").Pool(options.processes, maxtasksperchild=8) as pool:
         for solver in [options.solver] if options.solver else SOLVERS:
-            tasks = {name: pool.submit(row, name, solver, variants) for name in names}
-            rows = {name: task.result() for name, task in tasks.items()}
+            tasks = {name: pool.apply_async(row, (name, solver, variants)) for name in names}
+            rows = {name: task.get() for name, task in tasks.items()}
             print(table(solver, rows), end="\n\n", flush=True)
             counted += sum(map(len, rows.values()))
             wrong += sum(c.verdict == "WRONG" for cells in rows.values() for c in cells)

@@ -187,6 +187,21 @@ def test_single_precision_is_right_or_not_valid(solution, truth):
         assert not c.valid or np.linalg.norm(np.float64(c.gradient) - truth) <= float(c.error)
 
 
+@pytest.mark.parametrize(
+    ("w", "reason"),
+    [([0.02, 0.01], fg.Reason.REPELLED), ([0.99, 0.01], fg.Reason.VALID)],
+    ids=["near a saddle", "near a minimum"],
+)
+def test_a_fixed_point_that_descent_leaves_is_not_the_one_that_is_meant(w, reason):
+    def loss(w, lam):  # Two wells around a saddle at (0, λ).
+        return 0.25 * (w[0] ** 2 - 1.0) ** 2 + 0.5 * (w[1] - lam) ** 2 + 0.1 * lam * w[0]
+
+    phi = fg.gradient_descent(loss, step_size=0.1)
+    c = fg.certify(lambda w, lam: w @ w, phi, jnp.array(w), jnp.zeros(2), jnp.asarray(0.1))
+    assert fg.Reason(int(c.reason)) == reason
+    assert bool(c.valid) == (reason == fg.Reason.VALID)
+
+
 def test_an_expansive_phi_is_certified_at_its_fixed_point():
     a = matrix(3, 3.0, symmetric=True)  # rho(J) = 3, I - J indefinite.
 

@@ -67,6 +67,12 @@ def norm(tree: PyTree) -> jax.Array:
     return jnp.asarray(size, real_dtype(inexact))
 
 
+def inner(x: PyTree, y: PyTree) -> jax.Array:
+    """The real inner product Re ⟨x, y⟩ over all leaves, in `real_dtype`."""
+    to_real, _ = realified(x)
+    return jnp.asarray(optax.tree.vdot(to_real(x), to_real(y)), real_dtype(x))
+
+
 def power_of_two(tree: PyTree) -> jax.Array:
     """About the largest entry of a real pytree, at infinity or NaN too; 1 for zero. A constant.
 

@@ -54,6 +54,9 @@ class Reason(enum.IntEnum):
     last one found an error where those before had seen none."""
     CONSTANT_CONTRADICTED = 6
     """An observation violates one of the `Constants`."""
+    REPELLED = 7
+    """Steps of Φ lead away from the fixed point nearby, as from a saddle of the lower level's loss that
+    gradient descent is passing: the one that they come to is another. Seen where J is symmetric."""
 
 
 class Certificate(NamedTuple):
@@ -135,12 +138,12 @@ def certify(
     holds if the constants do, on the ball of radius ε around w; `valid` is false where an
     observation contradicts one of them, and a constant that is wrong unseen makes it wrong.
 
-    Assumed, not checked: that the fixed point near w is the one that is meant.
+    Assumed, not checked: that the fixed point near w is the one that is meant, but for `REPELLED`.
 
     Cost: "estimate": two passes as a rule, each one solve with J and one with Jᵀ, to `solve_rtol` and
-    then below what those left; a rough solve with Jᵀ that tells the parts apart; eleven products.
-    Measured in `products`: 2 to 4 times the products of the linear solve at 1e-3 alone. "proved": two
-    Φ and about twenty products. Memory: that of the linear solver.
+    then below what those left; a rough solve with Jᵀ that tells the parts apart; thirteen products.
+    Measured in `products`: 3 to 6 times those of the linear solve at 1e-3 alone, about as many as of
+    a whole hypergradient. "proved": two Φ and about twenty products. Memory: the linear solver's.
     When not to use it: far from the solution of a non-convex problem (it says `FAR`); at kinks of a
     proximal map between w and w(λ).
 
@@ -250,6 +253,7 @@ def assess(
         (~s.unseen, Reason.REMAINDER),
         (jnp.maximum(s.change - whole, s.rest) <= 0.5 * whole + p.rounding, Reason.REMAINDER),
         (s.left_v <= 0.5, Reason.KINK),
+        (~s.repels, Reason.REPELLED),
         (s.left_w <= 0.5, Reason.FAR),
         (s.solved, Reason.SOLVE_FAILED),
         (jnp.isfinite(error), Reason.NON_FINITE),

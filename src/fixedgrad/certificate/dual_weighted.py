@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..realify import norm, resolution
+from ..realify import inner, norm, resolution
 from ..types import LinearSolver, PyTree, Scalar, failed
 from .lagrangian import Packed, Products, lagrangian, ratio
 
@@ -86,6 +86,8 @@ class Pass(NamedTuple):
         seen: What its two solves show.
         products: A `Products`.
         solved: Whether the loose solves succeeded.
+        repels: Whether steps of Φ lead away from the fixed point at w⁺, seen along e_w where J is
+            symmetric there: then ⟨e, Ae⟩ < 0 shows an eigenvalue of J above 1.
     """
 
     gradient: PyTree
@@ -102,6 +104,7 @@ class Pass(NamedTuple):
     seen: Seen
     products: Products
     solved: jax.Array
+    repels: jax.Array
 
     @property
     def rounding(self) -> jax.Array:
@@ -125,6 +128,7 @@ class Refined(NamedTuple):
         unseen: Whether the last pass found what those before had missed: there may be more still.
         products: Of all passes.
         solved: Whether all loose solves succeeded.
+        repels: Whether Φ leads away from where the passes lead to.
     """
 
     first: Pass
@@ -137,6 +141,7 @@ class Refined(NamedTuple):
     unseen: jax.Array
     products: Products
     solved: jax.Array
+    repels: jax.Array
 
 
 def dual_weighted(
@@ -178,7 +183,7 @@ def dual_weighted(
     rtol = jnp.asarray(rtol, size_w.dtype)
     rtol_w = rtol * jnp.minimum(1.0, ratio(before.left_w, size_w))
     e_w, of_w = linear_solver(rtol_w)(lambda u: tangent(u)[0], r_w)
-    _, h_w, h_x, _ = tangent(e_w)
+    j_e, h_w, h_x, _ = tangent(e_w)
 
     # Of the two right-hand sides the second only serves to tell the parts apart: a rough solve.
     right = norm(r_v) + norm(h_w)
@@ -204,11 +209,18 @@ def dual_weighted(
     if from_h:
         of_h = tree.where(split, vjp(from_h[0])[1], of_h)
     one = jnp.int32(1)
+    repels, probes = jnp.asarray(False), 0
+    if split is not False:
+        skew = norm(tree.sub(j_e, vjp(e_w)[0]))
+        a_e = tree.sub(e_w, j_e)
+        symmetric = skew <= resolution(w) ** 0.5 * norm(a_e)
+        negative = inner(e_w, a_e) < -eps * norm(e_w) ** 2
+        repels, probes = symmetric & ~at_floor & negative, 1
     # Φ is linearised once; ∇L, its tangent (J and the second derivative), and Bᵀ for each part.
     products = Products(
         one,
         of_w.num_steps + one,
-        jnp.sum(steps, dtype=jnp.int32) + 3 * one + jnp.asarray(split, jnp.int32),
+        jnp.sum(steps, dtype=jnp.int32) + (3 + probes) * one + jnp.asarray(split, jnp.int32),
     )
     noise_v = eps * (norm(b) + 2 * norm(v))
     # Rounding lies in all directions and is amplified as it likes: it has nothing to show.
@@ -233,6 +245,7 @@ def dual_weighted(
         seen,
         products,
         ~(failed(of_w) | jnp.any(lost)),
+        repels,
     )
 
 
@@ -290,6 +303,7 @@ def refine(
                 later & seen.exceeded_by(p.seen),
                 jax.tree.map(jnp.add, s.products, p.products),
                 s.solved & p.solved,
+                s.repels | p.repels,
             ),
         )
 
@@ -303,7 +317,9 @@ def refine(
     def blank() -> tuple[Pass, Refined]:
         p = run(jnp.int32(0), w, v, nothing_seen(norm(w)))
         x = p.r_w
-        return p, Refined(p, p.gradient, x, x, x, x, p.seen, p.solved, p.products, p.solved)
+        return p, Refined(
+            p, p.gradient, x, x, x, x, p.seen, p.solved, p.products, p.solved, p.repels
+        )
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(blank))
     before, s = zeros
@@ -331,6 +347,7 @@ def single(packed: Packed, p: Pass, before: Seen) -> Refined:
         before.exceeded_by(p.seen),
         p.products._replace(phi=p.products.phi + one, jt=p.products.jt + one),
         p.solved,
+        p.repels,
     )
 
 

@@ -13,7 +13,7 @@ from ..certificate.lagrangian import pack
 from ..decorator import fixed_point
 from ..estimators import truncated_itd
 from ..packing import check_arrays, check_concrete, partition, split_lam, strongly_typed
-from ..realify import norm, resolution
+from ..realify import inner, norm, resolution
 from ..types import Outer, Phi, PyTree, check_callable
 from .spectrum import solve_lower
 
@@ -140,7 +140,7 @@ def check(
         for s in (1.0, -1.0)
     ]
     difference = (exact(moved[0]) - exact(moved[1])) / (2 * step)
-    along = jnp.real(tree.vdot(gradient, direction))
+    along = inner(gradient, direction)
     rtol = max(rtol, resolution((w, x)) ** 0.5)
     size = jnp.maximum(jnp.maximum(norm(gradient), jnp.abs(difference)), size)
     found = {
