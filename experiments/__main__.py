@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"experiments.{name}")
     except ModuleNotFoundError as error:
         print(
-            f"`{name}` needs the package `{error.name}`: pip install 'fixedgrad[experiments]'.",
+            f"`{name}` needs the package `{error.name}`: pip install -e '.[experiments]'.",
             file=sys.stderr,
         )
         return 2
