@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 import fixedgrad as fg
 
@@ -142,9 +142,9 @@ def _draw(
                 panel.plot(1e6 * taken[name], row, **_marker(best, usable))
             panel.set_yticks(range(len(names)), [_short(name) for name in names])
             panel.set(xscale="log", xlabel="time at w(λ), µs", title=problem)
-            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
             panel.xaxis.set_major_formatter("{x:g}")
-            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.xaxis.set_minor_locator(NullLocator())
             panel.margins(x=0.2, y=0.15)
         handles = [
             Line2D([], [], label=label, **_marker(best, usable))
