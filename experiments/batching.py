@@ -181,7 +181,7 @@ def check(claims: report.Claims, found: dict, sizes: list[int], chunks: list[int
 
 def draw(options: argparse.Namespace, found: dict, sizes: list[int], chunks: list[int]) -> None:
     """Time against the size of a chunk."""
-    with report.figure(options.out / "batching.png", size=(5.2, 3.6)) as (_, axes):
+    with report.figure(options.out / "batching.png", size=(5.2, 3.9)) as (fig, axes):
         ax = axes[0][0]
         for size, color in zip(sizes, ("#0072b2", "#d55e00", "#007a55", "#b58900"), strict=False):
             for order, style in (("mixed", "--"), ("by difficulty", "-")):
@@ -189,4 +189,4 @@ def draw(options: argparse.Namespace, found: dict, sizes: list[int], chunks: lis
                 ax.plot(chunks, times, style, color=color, marker="o", label=f"d = {size}, {order}")
         ax.set(xscale="log", yscale="log", xlabel="lanes in a chunk", ylabel="seconds")
         ax.set_xticks(chunks, [*map(str, chunks[:-1]), f"{chunks[-1]}\n(vmap)"])
-        ax.legend()
+        fig.legend(loc="outside upper center", ncols=2)
