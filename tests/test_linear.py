@@ -190,10 +190,10 @@ def test_tolerance_below_the_resolution_of_the_dtype_ends_at_the_floor(dtype, na
     assert_close(x.astype(float), exact(m), bound[dtype])
 
 
-def test_fp_on_an_expansion_says_growing_or_diverged():
+def test_fp_on_an_expansion_says_no_progress_or_diverged():
     expansion = with_eigenvalues(1.3, 0.5, 0.2, -0.1)
     _, info = run(fg.fp(num_steps=30), expansion)
-    assert int(info.status) == Status.GROWING
+    assert int(info.status) == Status.NO_PROGRESS
     assert not bool(info.converged)
     _, info = run(fg.fp(max_steps=2000, rtol=1e-6), expansion)
     assert int(info.status) == Status.DIVERGED

@@ -1,7 +1,7 @@
 """What becomes of a result whose solve failed: one policy for every stage, under every transform.
 
-"nan" (the default) and "ignore" are a product and nothing; "warn" and "raise" call back to the host
-while the program runs. So a program that obeys one of the last two cannot be exported by
+"nan" (the default), "zero" and "ignore" are a product, a selection and nothing; "warn" and "raise" call
+back to the host while the program runs. So a program that obeys one of the last two cannot be exported by
 `jax.export`, which exports no host callback, and needs a device that has them.
 """
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .packing import is_inexact
 from .types import OnFailure, PyTree, SolveInfo, Status, failed
 
 
@@ -28,6 +29,8 @@ class SolveFailedWarning(UserWarning):
 
 
 _REMEDY = {
+    Status.NO_PROGRESS: "these exact steps have led nowhere: is rho(J) >= 1? Use `cg`, `gmres` or "
+    '`dense`, more steps, or `on_failure="ignore"` where such a number is wanted',
     Status.MAX_STEPS: "raise `max_steps`, loosen `rtol`/`atol`, or start closer",
     Status.DIVERGED: "the map is not a contraction here: damp it (`fixedgrad.damped`), shorten its "
     "step, or use `cg`, `gmres` or `dense`, which do not need rho(J) < 1",
@@ -38,12 +41,14 @@ _REMEDY = {
     Status.SINGULAR: "I - M is singular: w(lambda) is not differentiable or not unique here; "
     "regularise the lower level",
     Status.NOT_RUN: "the solver says that it did not converge",
+    Status.NOT_FIXED: "phi(w) is nothing like the solver's w: is `phi` the residual F(w, lambda) whose "
+    "root is sought? Then phi = w - F",
     Status.NON_FINITE: "NaN or infinity appeared: check `phi` and the solver at this point",
 }
 
 
 def check_on_failure(where: str, on_failure: object) -> None:
-    """Raises `ValueError` unless `on_failure` is one of the four policies."""
+    """Raises `ValueError` unless `on_failure` is one of the policies."""
     if on_failure not in get_args(OnFailure):
         raise ValueError(
             f"`on_failure` of `{where}` must be one of {get_args(OnFailure)}, got {on_failure!r}."
@@ -64,12 +69,15 @@ def enforce(on_failure: OnFailure, stage: str, info: SolveInfo | None, tree: PyT
     """`tree`, made to obey the policy where the solve behind it failed.
 
     The inexact leaves are multiplied by 1, or by NaN where the solve failed: a product, not a
-    selection, so that tangents and cotangents of a failed result are NaN too.
+    selection, so that tangents and cotangents of a failed result are NaN too. Under "zero" they become
+    zero, so that a failed element takes no part in what all share.
     """
     if info is None or on_failure == "ignore":
         return tree
     info = SolveInfo(*(jax.lax.stop_gradient(jnp.asarray(x)) for x in info))
     lost = failed(info)
+    if on_failure == "zero":
+        return zero_where(lost, tree)
     if on_failure == "nan":
         factor = jnp.where(lost, jnp.nan, 1.0)
     else:
@@ -80,18 +88,38 @@ def enforce(on_failure: OnFailure, stage: str, info: SolveInfo | None, tree: PyT
         )
 
     def poison(x: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return x
-        return x * factor.astype(x.dtype)
+        return x * factor.astype(x.dtype) if is_inexact(x) else x
 
     return jax.tree.map(poison, tree)
+
+
+def zero_where(lost: jax.Array, tree: PyTree) -> PyTree:
+    """`tree` with zeros in the place of its inexact leaves where a solve failed."""
+
+    def selected(x: jax.Array) -> jax.Array:
+        return jnp.where(lost, jnp.zeros_like(x), x) if is_inexact(x) else x
+
+    return jax.tree.map(selected, tree)
+
+
+def enforce_value(on_failure: OnFailure, stage: str, info: SolveInfo | None, w: PyTree) -> PyTree:
+    """The value w of a solve under the policy of its derivative.
+
+    Under "zero" w stays as the solver left it, as a constant: there is no zero of a value.
+    """
+    if info is None or on_failure != "zero":
+        return enforce(on_failure, stage, info, w)
+    lost = failed(info)
+    return jax.tree.map(
+        lambda x: jnp.where(lost, jax.lax.stop_gradient(x), x) if is_inexact(x) else x, w
+    )
 
 
 def _reporter(on_failure: OnFailure, stage: str):
     def report(info: SolveInfo) -> np.ndarray:
         info = jax.tree.map(np.asarray, info)
         unnamed = info.status == Status.NOT_RUN and not info.converged
-        if info.status >= Status.MAX_STEPS or unnamed:
+        if info.status >= Status.NO_PROGRESS or unnamed:
             message = describe(stage, info)
             if on_failure == "raise":
                 raise SolveFailedError(message)

@@ -8,11 +8,13 @@ Re⟨x, y⟩ gives CG the same steps as the complex one.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from .replication import coupled_axes, largest, total
 from .types import PyTree
 
 
@@ -57,6 +59,86 @@ def realified(like: PyTree) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTre
     return to_real, from_real
 
 
+class Space(NamedTuple):
+    """The real vectors that stand for pytrees like one w, which may be spread over mapped axes.
+
+    Attributes:
+        axes: For each leaf the mapped axes over which it is spread; inner products and norms are sums
+            over these.
+    """
+
+    axes: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, jaxpr: Any, tree: PyTree) -> "Space":
+        """That of `tree`, for an iteration or a linear system whose map has this jaxpr."""
+        return cls(coupled_axes(jaxpr, jax.tree.leaves(tree)))
+
+    @property
+    def together(self) -> tuple[str, ...]:
+        """All mapped axes over which any leaf is spread."""
+        return tuple(sorted(set().union(*self.axes), key=str))
+
+    def inner(self, x: PyTree, y: PyTree) -> jax.Array:
+        """⟨x, y⟩ of two real forms, as a sum of products; XLA compiles it like a `vdot`.
+
+        A `vdot` is subject to the platform's precision, flattens leaves and so gathers sharded ones,
+        and is refused by JAX where the sharding is part of the type.
+        """
+        return self._total(
+            [optax.tree.sum(optax.tree.mul(a, b)) for a, b in zip(x, y, strict=True)]
+        )
+
+    def norm(self, x: PyTree) -> jax.Array:
+        """‖x‖ of a real form whose entries are of usual size."""
+        return jnp.sqrt(self.inner(x, x))
+
+    def coefficients(self, basis: PyTree, u: PyTree) -> jax.Array:
+        """The ⟨qᵢ, u⟩ of a stacked basis."""
+
+        def leaf(q: jax.Array, x: jax.Array) -> jax.Array:
+            return jnp.sum(q * x[None], axis=tuple(range(1, q.ndim)))  # As in `inner`.
+
+        return self._total([_added(leaf, q, x) for q, x in zip(basis, u, strict=True)])
+
+    def gram(self, basis: PyTree) -> jax.Array:
+        """The ⟨qᵢ, qⱼ⟩ of a stacked basis."""
+
+        def leaf(q: jax.Array) -> jax.Array:
+            return jnp.einsum("i...,j...->ij", q, q, precision="highest")
+
+        return self._total([_added(leaf, q) for q in basis])
+
+    def sizes(self, x: PyTree) -> jax.Array:
+        """The norm of each leaf of a real form, whatever its scale, stacked. Constants."""
+        sizes = []
+        for leaf, axes in zip(jax.lax.stop_gradient(x), self.axes, strict=True):
+            scale = power_of_two(leaf, axes)
+            square = optax.tree.norm(optax.tree.scale(1 / scale, leaf), squared=True)
+            sizes.append(scale * jnp.sqrt(total(jnp.asarray(square), axes)))
+        return jnp.stack(sizes) if sizes else jnp.zeros(0, real_dtype(x))
+
+    def _total(self, parts: list[Any]) -> jax.Array:
+        """The sum of what all leaves contribute: one collective for all that are spread alike."""
+        sums: dict[tuple[str, ...], Any] = {}
+        for axes, part in zip(self.axes, parts, strict=True):
+            sums[axes] = sums[axes] + part if axes in sums else part
+        return jnp.asarray(sum(total(part, axes) for axes, part in sums.items()))
+
+
+def _added(function: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
+    return jax.tree.reduce(jnp.add, jax.tree.map(function, *trees))
+
+
+def whole(sizes: jax.Array) -> jax.Array:
+    """The norm of all leaves, from that of each."""
+    if sizes.size == 1:
+        return sizes[0]
+    most = jnp.max(sizes, initial=0)
+    safe = jnp.where((most > 0) & jnp.isfinite(most), most, 1.0)
+    return safe * jnp.sqrt(jnp.sum((sizes / safe) ** 2))
+
+
 def norm(tree: PyTree) -> jax.Array:
     """The Euclidean norm over all inexact leaves, in `real_dtype`, whatever their scale."""
     inexact = _leaves(tree)
@@ -73,14 +155,16 @@ def inner(x: PyTree, y: PyTree) -> jax.Array:
     return jnp.asarray(optax.tree.vdot(to_real(x), to_real(y)), real_dtype(x))
 
 
-def power_of_two(tree: PyTree) -> jax.Array:
+def power_of_two(tree: PyTree, axes: tuple[str, ...] = ()) -> jax.Array:
     """About the largest entry of a real pytree, at infinity or NaN too; 1 for zero. A constant.
+
+    `axes` are the mapped axes over which any of it is spread: all their devices get the same.
 
     The square of a small entry is 0, below 10⁻²³ in float32, and would pass for 0; that of a large one
     is infinite. A power of two changes no digit.
     """
-    largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(jax.lax.stop_gradient(tree))]
-    size = jnp.max(jnp.stack(largest)) if largest else jnp.ones(())
+    entries = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(jax.lax.stop_gradient(tree))]
+    size = largest(jnp.max(jnp.stack(entries)), axes) if entries else jnp.ones(())
     info = jnp.finfo(size.dtype)
     limited = jnp.clip(size, 4 * info.tiny, info.max / 4)  # So that 1 / scale is in range too.
     return jnp.where(size > 0, jax.lax.reduce_precision(limited, info.nexp, 0), 1)
@@ -94,3 +178,18 @@ def steepest_ascent(gradient: PyTree) -> PyTree:
 def _leaves(tree: PyTree) -> list[jax.Array]:
     leaves = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in jax.tree.leaves(tree)]
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
+def random_rounding(tree: PyTree, multiple: float) -> PyTree:
+    """The tree with each inexact entry moved by that multiple of its rounding, up or down at random."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
+
+    def moved(key: jax.Array, x: jax.Array) -> jax.Array:
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        signs = jax.random.rademacher(key, x.shape, jnp.int8).astype(x.dtype)
+        return x + jnp.asarray(multiple * jnp.finfo(x.dtype).eps, x.dtype) * signs * x
+
+    return treedef.unflatten([moved(k, x) for k, x in zip(keys, leaves, strict=True)])

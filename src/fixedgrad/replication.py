@@ -1,4 +1,10 @@
-"""Replication over devices: the types of a `shard_map`, taken to what JAX's linear solve wants."""
+"""Mapped axes: over which of them Φ couples w, and the types of a `shard_map`.
+
+Along a mapped axis (of a `shard_map`, or of a `vmap` with an `axis_name`) a collective in Φ makes one
+system of what looks like one on each device. Inner products, norms and stopping tests are then sums
+over that axis; else the devices would solve different systems, and leave their loops at different
+steps while a collective waits for all of them.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,6 +30,62 @@ class Casts(NamedTuple):
 
     varying: Callable[[PyTree], PyTree]
     own: Callable[[PyTree], PyTree]
+
+
+# Primitives that name an axis without communicating over it.
+_LOCAL = frozenset({"axis_index", "pcast", "pvary", "pbroadcast", "reduced_vary_cast"})
+
+
+def collective_axes(jaxpr: Any) -> frozenset[str]:
+    """The mapped axes over which a collective of `jaxpr` communicates, but for those bound inside."""
+    axes = frozenset[str]()
+    for equation in jaxpr.eqns:
+        named, inside = frozenset[str](), frozenset[str]()
+        for name, value in equation.params.items():
+            parts = value if isinstance(value, tuple | list) else (value,)
+            if name in ("axes", "axis_name") and equation.primitive.name not in _LOCAL:
+                # Positional axes, of reductions, are integers.
+                named = frozenset(x for x in parts if x is not None and not isinstance(x, int))
+            for part in parts:
+                if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
+                    inside |= collective_axes(getattr(part, "jaxpr", part))
+        # What a `shard_map` within binds is its own; the name of that parameter depends on the version.
+        bound = [x for k, v in equation.params.items() if k.endswith("manual_axes") for x in v]
+        axes |= named | (inside - frozenset(bound))
+    return axes
+
+
+def coupled_axes(jaxpr: Any, leaves: list[Any]) -> tuple[tuple[str, ...], ...]:
+    """For each leaf of w the axes over which it is spread, and coupled by a collective of `jaxpr`.
+
+    In a `shard_map` that checks replication the type of a leaf says whether it is spread or the same on
+    all devices. Elsewhere it may be the same without saying so. Then every leaf counts once for each
+    element of the axis: the system is that of all copies, which has the same solution.
+    """
+    axes = collective_axes(jaxpr)
+    if not axes:
+        return ((),) * len(leaves)
+    typed = axes & frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    typed = frozenset(name for name in typed if name in _axes(lax.axis_index(name)))
+    return tuple(tuple(sorted(axes - (typed - _axes(x)), key=str)) for x in leaves)
+
+
+def total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The sum of x over mapped axes, with the type that x has."""
+    return _collected(lax.psum, x, axes)
+
+
+def largest(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The maximum of x over mapped axes, with the type that x has."""
+    return _collected(lax.pmax, x, axes)
+
+
+def _collected(collective: Callable, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    if not axes:
+        return x
+    varying = tuple(name for name in axes if name in _axes(x))
+    x = collective(x, axes)
+    return lax.pcast(x, varying, to="varying") if varying else x
 
 
 def within_shard_map() -> bool:

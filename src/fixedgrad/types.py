@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 PyTree = Any
 Scalar = float | jax.Array | np.ndarray
-OnFailure = Literal["nan", "warn", "raise", "ignore"]
+OnFailure = Literal["nan", "zero", "warn", "raise", "ignore"]
 MatVec = Callable[[PyTree], PyTree]
 
 
@@ -38,7 +38,7 @@ class Outer(Protocol):
 class Status(enum.IntEnum):
     """How a solve ended. An array of it is int32; `Status(int(info.status))` names it.
 
-    Up to `GROWING` the result is what was asked for; from `MAX_STEPS` on the solve failed, and
+    Up to `AT_FLOOR` the result is what was asked for; from `NO_PROGRESS` on the solve failed, and
     `on_failure` decides what becomes of derivatives that depend on it.
     """
 
@@ -50,8 +50,9 @@ class Status(enum.IntEnum):
     """Exactly `num_steps` steps were taken, as asked; their accuracy is not judged."""
     AT_FLOOR = 3
     """The tolerance lies below what the dtype can resolve; the residual is at that floor."""
-    GROWING = 4
-    """`num_steps` steps were taken and left a larger residual than none: is ρ(J) ≥ 1?"""
+    NO_PROGRESS = 4
+    """Exactly `num_steps` steps, after which the residual is as large as before the first: ρ(J) ≥ 1, a
+    cycle, or stagnation. The result is no better than none."""
     MAX_STEPS = 5
     """`max_steps` steps, or stagnation, short of the tolerance."""
     DIVERGED = 6
@@ -64,12 +65,15 @@ class Status(enum.IntEnum):
     """I − M is singular to working precision."""
     NON_FINITE = 10
     """NaN or infinity in the products, the right-hand side or the iterates."""
+    NOT_FIXED = 11
+    """Φ(w) is nothing like w at the w that a solver without a tolerance returned: is `phi` the function
+    F whose root is sought? Then Φ = w − F."""
 
 
 def is_failure(status: jax.Array) -> jax.Array:
     """Whether a solve with this `Status` failed, element by element."""
     # As an `int`: with `jax.disable_jit` the enumeration would count as int64.
-    return status >= int(Status.MAX_STEPS)
+    return status >= int(Status.NO_PROGRESS)
 
 
 def status_where(

@@ -9,7 +9,7 @@ from jax import lax
 
 from ..replication import varying_alike
 from ..types import LinearSolver, PyTree, Scalar, Status, is_failure, status_where, stopping
-from .frame import Correction, System, corrected, dot, linear_solver, rounding, tree
+from .frame import Correction, System, corrected, linear_solver, rounding, tree
 
 
 def cg(
@@ -64,7 +64,7 @@ def cg(
     def correct(system: System, r: PyTree, steps: jax.Array | int, tol: jax.Array) -> Correction:
         # A symmetric A gives ⟨r₀, A d⟩ = ⟨A r₀, d⟩ for the correction d; A d = r₀ − rₖ is known, so
         # that the test of symmetry costs one stored vector and two inner products in all.
-        eps = system.eps
+        eps, dot, norm = system.eps, system.space.inner, system.space.norm
 
         def step(c: _CG) -> _CG:
             ap = system.product(c.p)
@@ -98,7 +98,7 @@ def cg(
         )
         ad = tree.sub(r, carry.r)
         left, right = dot(r, ad), dot(carry.ap0, carry.x)
-        size = tree.norm(r) * tree.norm(ad) + tree.norm(carry.ap0) * tree.norm(carry.x)
+        size = norm(r) * norm(ad) + norm(carry.ap0) * norm(carry.x)
         skew = jnp.abs(left - right) > eps**0.5 * size
         status = status_where(skew, Status.NOT_SYMMETRIC, carry.status)
         return Correction(carry.x, carry.i, status)
@@ -149,14 +149,14 @@ def normal_cg(
     stop = stopping("normal_cg", num_steps, max_steps, rtol, atol)
 
     def correct(system: System, r: PyTree, steps: jax.Array | int, tol: jax.Array) -> Correction:
-        eps = system.eps
+        eps, dot, norm = system.eps, system.space.inner, system.space.norm
         product = system.product
         transpose = jax.linear_transpose(product, r)
 
         def stuck(c: _CG) -> jax.Array:
             # Aᵀr = 0 with r ≠ 0: x minimises ‖Ax − b‖, and a step more would follow rounding errors
             # along a null vector of A.
-            return jnp.sqrt(c.rr) <= 1e-2 * jnp.sqrt(eps * c.scale) * tree.norm(c.r)
+            return jnp.sqrt(c.rr) <= 1e-2 * jnp.sqrt(eps * c.scale) * norm(c.r)
 
         def step(c: _CG) -> _CG:  # c.p is the direction, c.rr = ‖s‖² with s = Aᵀ r.
             q = product(c.p)
@@ -190,9 +190,9 @@ def normal_cg(
             step,
             carry,
             steps,
-            lambda c: (tree.norm(c.r) > tol) & (c.rr > c.least) & ~stuck(c),
+            lambda c: (norm(c.r) > tol) & (c.rr > c.least) & ~stuck(c),
         )
-        singular = stuck(carry) & (tree.norm(carry.r) > jnp.sqrt(eps) * tree.norm(r))
+        singular = stuck(carry) & (norm(carry.r) > jnp.sqrt(eps) * norm(r))
         status = status_where(singular, Status.SINGULAR, carry.status)
         return Correction(carry.x, carry.i, status)
 

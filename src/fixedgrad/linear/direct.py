@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from ..realify import norm as norm_of
 from ..replication import varying_alike
 from ..types import LinearSolver, PyTree, SolveInfo, Status, check_count, show, status_where
 from .frame import System, linear_solver, tree
@@ -62,15 +61,14 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
         x = jnp.linalg.solve(rows.T, b)
         # eps ‖A‖ ‖x‖ is the backward error of LU; where it is as large as b, x means nothing.
         size = jnp.linalg.norm(rows)
-        noise = system.eps * size * norm_of(x)
+        noise = system.eps * size * jnp.linalg.norm(x)
         singular = ~(noise < system.noise * system.norm) & (system.norm > 0) & jnp.isfinite(size)
         x = unravel(x)
-        # In a batch with collectives M mixes elements, and no matrix of one of them is its own.
         singular |= system.residual_norm(x) > system.noise * system.norm
         status = status_where(singular, Status.SINGULAR, Status.CONVERGED)
         return x, system.fixed(1, x, status)
 
-    return linear_solver("dense", solve, scaled=False)
+    return linear_solver("dense", solve, scaled=False, direct=True)
 
 
 def from_lineax(solver: Any) -> LinearSolver:
@@ -147,4 +145,4 @@ def from_lineax(solver: Any) -> LinearSolver:
         missed = residual > jnp.minimum(limit, system.norm)
         return x, system.fixed(steps, x, status_where(missed, Status.MAX_STEPS, status))
 
-    return linear_solver("from_lineax", solve, scaled=False)
+    return linear_solver("from_lineax", solve, scaled=False, direct=True)

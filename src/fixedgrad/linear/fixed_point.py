@@ -1,12 +1,12 @@
 """The fixed-point method for (I − M) x = b: `fp`."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..types import LinearSolver, PyTree, Scalar, SolveInfo, stopping
+from ..iteration import Measured, iterate
+from ..replication import varying_alike
+from ..types import LinearSolver, PyTree, Scalar, SolveInfo, Status, stopping
 from .frame import System, linear_solver, tree
 
 
@@ -23,10 +23,9 @@ def fp(
     ‖M‖ ≤ q < 1. On an affine Φ, k steps give exactly what differentiating k iterations gives.
 
     Cost: one product a step (the first of them is free when `x0` is `None`). Memory: 2 vectors.
-    Not for ρ(M) ≥ 1, where it diverges (status `GROWING` or `DIVERGED`); slow for q near 1, where
+    Not for ρ(M) ≥ 1, where it diverges (status `NO_PROGRESS` or `DIVERGED`); slow for q near 1, where
     `cg` (symmetric) or `gmres` needs about the square root of its steps.
-    Assumed, not checked: ρ(M) < 1, with exact `num_steps`. Growth is then reported as `GROWING`,
-    which is no failure; one step shows none.
+    Assumed, not checked: ρ(M) < 1, in exactly one step; more steps show it.
 
     Args:
         num_steps: Exactly that many steps.
@@ -52,40 +51,33 @@ def fp(
     stop = stopping("fp", num_steps, max_steps, rtol, atol)
 
     def solve(system: System) -> tuple[PyTree, SolveInfo]:
-        matvec, b = system.matvec, system.b
+        b = system.b
 
-        # The residual of xᵢ is xᵢ₊₁ − xᵢ: carrying both makes the true residual free.
-        def step(carry: Any) -> Any:
-            i, _, x = carry
-            return i + 1, x, tree.add(matvec(x), b)
+        def phi(x: PyTree) -> PyTree:
+            return tree.add(system.matvec(x), b)
 
-        def residual(carry: Any) -> jax.Array:
-            _, x, following = carry
-            return tree.norm(tree.sub(following, x))
+        def residual_norm(x: PyTree, image: PyTree) -> jax.Array:
+            return system.space.norm(tree.sub(image, x))
 
-        if system.x0 is None:
-            carry = jnp.int32(0), tree.zeros_like(b), b
-        else:
-            carry = jnp.int32(0), system.x0, tree.add(matvec(system.x0), b)
-        start = residual(carry)
-        if stop.num_steps is not None:
-            # One product less than it may seem: x₁ = b is free, and what has grown is judged at
-            # xₖ₋₁, so that the product behind the true residual runs only if somebody reads it.
-            carry = lax.fori_loop(1, stop.num_steps, lambda _, c: step(c), carry)
-            status = system.steps_status(residual(carry), start, carry[2])
-            return carry[2], system.fixed(stop.num_steps, carry[2], status)
-
-        tol = system.tolerance(stop)
-
-        def unfinished(carry: Any) -> jax.Array:
-            i, x, _ = carry
-            norm = residual(carry)
+        # The first product is free where x₀ = 0.
+        free = system.x0 is None
+        x0, image = (tree.zeros_like(b), b) if free else (system.x0, phi(system.x0))
+        if stop.num_steps is None:
             # ρ(M) > 1 shows as growth beyond what any transient of a usable map reaches.
-            alive = jnp.isfinite(norm) & (norm * system.eps <= start)
-            return (i < stop.max_steps) & (norm > jnp.maximum(tol, system.floor(x))) & alive
+            def measure(x: PyTree, image: PyTree) -> Measured:
+                return system.measured(stop, x, tree.sub(image, x))
 
-        carry = lax.while_loop(unfinished, step, carry)
-        i, x, _ = carry
-        return x, system.judge(i, x, residual(carry), tol, start)
+            x, _, info = iterate(phi, x0, image, measure, stop.max_steps, 1 / system.eps)
+            return x, system.judge(info)
+
+        # One product less than it may seem: x₁ is at hand, and what has grown is judged at xₖ₋₁, so
+        # that the product behind the true residual runs only if somebody reads it.
+        start = residual_norm(x0, image)
+        carry = varying_alike((x0, image))
+        x, image = lax.fori_loop(1, stop.num_steps, lambda _, c: (c[1], phi(c[1])), carry)
+        status = jnp.int32(Status.FIXED_STEPS)
+        if stop.num_steps > 1:
+            status = system.steps_status(residual_norm(x, image), start, image)
+        return image, system.fixed(stop.num_steps, image, status)
 
     return linear_solver("fp", solve, stop)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..realify import norm as norm_of
-from ..realify import power_of_two, real_dtype, realified, resolution
+from ..iteration import Measured, joint_tolerance, verdict
+from ..realify import Space, power_of_two, real_dtype, realified, resolution, whole
 from ..replication import varying_alike
 from ..types import (
     LinearSolver,
@@ -40,19 +40,29 @@ def rounding(eps: float) -> float:
 
 
 class System(NamedTuple):
-    """(I − M) x = b in real form, divided by `scale`, with what every solver asks of it."""
+    """(I − M) x = b in real form, divided by `scale`, with what every solver asks of it.
+
+    Attributes:
+        matvec: The product with M.
+        b: The right-hand side.
+        x0: The start; `None` for zero.
+        space: Where norms and inner products are taken.
+        sizes: The norm of each leaf of b.
+        scale: What b and x were divided by.
+        eps: What a product can resolve.
+    """
 
     matvec: MatVec
     b: PyTree
     x0: PyTree | None
-    norm: jax.Array
+    space: Space
+    sizes: jax.Array
     scale: jax.Array
     eps: float
 
-    def tolerance(self, stop: Stopping) -> jax.Array:
-        return stop._replace(atol=jnp.asarray(stop.atol, self.norm.dtype) / self.scale).tolerance(
-            self.norm
-        )
+    @property
+    def norm(self) -> jax.Array:
+        return whole(self.sizes)
 
     def product(self, x: PyTree) -> PyTree:
         return tree.sub(x, self.matvec(x))
@@ -61,16 +71,32 @@ class System(NamedTuple):
         return tree.sub(self.b, self.product(x))
 
     def residual_norm(self, x: PyTree) -> jax.Array:
-        return norm_of(self.residual(x))
+        return self.space.norm(self.residual(x))
+
+    def measured(self, stop: Stopping, x: PyTree, r: PyTree) -> Measured:
+        """The residual r of x against what `stop` asks for and what is rounding.
+
+        Over all leaves it is held to max(rtol ‖b‖, atol). A leaf on a small scale of its own must not
+        hide behind the others: in each the residual is held to rtol times what b and x have there.
+        """
+        stop = stop._replace(atol=jnp.asarray(stop.atol, self.scale.dtype) / self.scale)
+        tolerance, norm = stop.tolerance(self.norm), self.space.norm(r)
+        if self.sizes.size > 1:
+            scales = jnp.maximum(self.sizes, self.space.sizes(x))
+            of_leaves = joint_tolerance(self.space.sizes(r), stop.tolerance(scales))
+            tolerance = jnp.minimum(tolerance, of_leaves)
+        floor = self.floor(x)
+        return Measured(norm, tolerance, floor, norm <= floor)
 
     def floor(self, x: PyTree) -> jax.Array:
         # ‖b − Ax‖ at rounding, where ‖A‖ ≤ 2 for the contractions of this library.
-        return rounding(self.eps) * (self.norm + 2 * norm_of(x))
+        return rounding(self.eps) * (self.norm + 2 * self.space.norm(x))
 
     def steps_status(self, residual: jax.Array, start: jax.Array, x: PyTree) -> jax.Array:
         """The status of exact steps that ended in x, by the residual norms there and at the start."""
-        grown = residual > jnp.maximum(start, self.floor(x))
-        return status_where(grown, Status.GROWING, Status.FIXED_STEPS)
+        # As large as x = x₀ leaves it, but for rounding: these steps have led nowhere.
+        idle = (residual >= (1 - self.eps**0.5) * start) & (residual > self.floor(x))
+        return status_where(idle, Status.NO_PROGRESS, Status.FIXED_STEPS)
 
     @property
     def noise(self) -> float:
@@ -79,24 +105,19 @@ class System(NamedTuple):
 
     def fixed(self, num_steps: Scalar, x: PyTree, status: jax.Array | Status) -> SolveInfo:
         """The verdict on a solve without a tolerance; `status` says what else was seen."""
-        sane = jnp.isfinite(norm_of(x)) | (status == int(Status.SINGULAR))
+        sane = jnp.isfinite(self.space.norm(x)) | (status == int(Status.SINGULAR))
         status = status_where(sane & jnp.isfinite(self.norm), status, Status.NON_FINITE)
         return solve_info(num_steps, self.residual_norm(x), status)
 
-    def judge(
-        self, num_steps: Scalar, x: PyTree, residual: jax.Array, tol: jax.Array, start: jax.Array
-    ) -> SolveInfo:
-        """The verdict on a solve with a tolerance."""
-        missed = status_where(residual > start, Status.DIVERGED, Status.MAX_STEPS)
-        floor = self.floor(x)
-        # A residual of the size of b at the floor: x is so large that it lies along a null vector of A.
-        resolved = status_where(
-            residual <= self.noise * self.norm, Status.AT_FLOOR, Status.SINGULAR
-        )
-        close = status_where(residual <= floor, resolved, missed)
-        status = status_where(residual <= tol, Status.CONVERGED, close)
-        status = status_where(jnp.isfinite(residual), status, Status.NON_FINITE)
-        return solve_info(num_steps, residual, status, tol)
+    def judge(self, info: SolveInfo) -> SolveInfo:
+        """The verdict on a solve with a tolerance, given that of its iteration.
+
+        A residual of the size of b at the floor: x is so large that it lies along a null vector of A.
+        """
+        at_floor = info.status == int(Status.AT_FLOOR)
+        lost = at_floor & ~(info.residual <= self.noise * self.norm)
+        status = status_where(lost, Status.SINGULAR, info.status)
+        return solve_info(info.num_steps, info.residual, status, info.tolerance)
 
 
 class Correction(NamedTuple):
@@ -105,15 +126,6 @@ class Correction(NamedTuple):
     d: PyTree
     steps: jax.Array | int
     status: jax.Array | Status
-
-
-def dot(x: PyTree, y: PyTree) -> jax.Array:
-    """⟨x, y⟩ of real pytrees, as a sum of products; XLA compiles it like a `vdot`.
-
-    A `vdot` is subject to the platform's precision, flattens leaves and so gathers sharded ones, and
-    is refused by JAX where the sharding is part of the type.
-    """
-    return jnp.asarray(tree.sum(tree.mul(x, y)))
 
 
 def corrected(stop: Stopping, correct: Callable, gain: float = 0.5) -> Callable:
@@ -130,42 +142,39 @@ def corrected(stop: Stopping, correct: Callable, gain: float = 0.5) -> Callable:
             x, r, start = tree.zeros_like(system.b), system.b, system.norm
         else:
             x, r = system.x0, system.residual(system.x0)
-            start = tree.norm(r)
+            start = system.space.norm(r)
         if stop.num_steps is not None:
             done = correct(system, r, stop.num_steps, jnp.zeros_like(start))
             x = tree.add(x, done.d)
             return x, system.fixed(done.steps, x, done.status)
 
-        tol = system.tolerance(stop)
-
         def unfinished(carry: Any) -> jax.Array:
-            x, _, norm, best, steps, status = carry
-            target = jnp.maximum(tol, system.floor(x))
-            gains = (norm <= gain * best) & ~is_failure(status)
-            return (norm > target) & gains & (steps < stop.max_steps)
+            _, _, measured, before, steps, status = carry
+            gains = (measured.sizes <= gain * before) & ~is_failure(status)
+            return ~measured.met & jnp.any(gains) & (steps < stop.max_steps)
 
         def cycle(carry: Any) -> Any:
-            x, r, norm, _, steps, status = carry
-            done = correct(
-                system, r, stop.max_steps - steps, jnp.maximum(tol, 0.1 * system.floor(x))
-            )
+            x, r, measured, _, steps, status = carry
+            # Where one leaf is behind, all have to shrink; below a share of the floor none can.
+            least = jnp.maximum(measured.tolerance, measured.floor / 64)
+            done = correct(system, r, stop.max_steps - steps, least)
             proposed = tree.add(x, done.d)
             left = system.residual(proposed)
-            left_norm = tree.norm(left)
-            better = left_norm < norm
-            x, r = tree.where(better, (proposed, left), (x, r))
-            status = status_where(jnp.isfinite(left_norm), done.status, Status.NON_FINITE)
-            steps = steps + done.steps
-            return x, r, jnp.where(better, left_norm, norm), norm, steps, status.astype(jnp.int32)
+            now = system.measured(stop, proposed, left)
+            status = status_where(jnp.isfinite(now.norm), done.status, Status.NON_FINITE)
+            better = now.norm < measured.norm
+            x, r, now = tree.where(better, (proposed, left, now), (x, r, measured))
+            return x, r, now, measured.sizes, steps + done.steps, status
 
-        status = jnp.int32(Status.FIXED_STEPS)
-        carry = x, r, start, jnp.full_like(start, jnp.inf), jnp.int32(0), status
-        x, _, norm, _, steps, status = lax.while_loop(unfinished, cycle, varying_alike(carry))
-        info = system.judge(steps, x, norm, tol, start)
+        measured = system.measured(stop, x, r)
+        infinite = jnp.full_like(measured.sizes, jnp.inf)
+        carry = x, r, measured, infinite, jnp.int32(0), jnp.int32(Status.FIXED_STEPS)
+        x, _, measured, _, steps, status = lax.while_loop(unfinished, cycle, varying_alike(carry))
+        info = system.judge(verdict(steps, measured, start))
         # A breakdown explains a missed tolerance; it does not matter where the tolerance is met.
         explained = is_failure(info.status) & is_failure(status)
         status = status_where(explained, status, info.status)
-        return x, solve_info(steps, norm, status, tol)
+        return x, solve_info(steps, info.residual, status, info.tolerance)
 
     return solve
 
@@ -176,35 +185,45 @@ def linear_solver(
     stop: Stopping | None = None,
     *,
     scaled: bool = True,
+    direct: bool = False,
 ) -> LinearSolver:
     """The common frame of all solvers: the real form, and zero for a zero right-hand side.
 
-    `scaled` is for solvers that square the entries of b. A solver whose tolerance is traced says so by
-    an attribute `traced`.
+    `scaled` is for solvers that square the entries of b, `direct` for those that cannot solve a system
+    which collectives spread over a mapped axis. A solver whose tolerance is traced says so by an
+    attribute `traced`.
     """
 
     def solver(matvec: MatVec, b: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
         check_callable(where, "matvec", matvec, "matvec(x) -> M x")
         check_inexact(where, "b", b)
-        check_same(where, jax.eval_shape(matvec, b), b, "`matvec(b)`", "`b`")
+        closed, image = jax.make_jaxpr(matvec, return_shape=True)(b)
+        check_same(where, image, b, "`matvec(b)`", "`b`")
         if x0 is not None:
             check_same(where, x0, b, "`x0`", "`b`")
         if not sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: b))):  # Nothing to solve.
             return b, solve_info(0, jnp.zeros((), real_dtype(b)), Status.CONVERGED)
         to_real, from_real = realified(b)
-        real = to_real(b)
-        scale = power_of_two(real) if scaled else jnp.ones((), real_dtype(b))
+        real, space = to_real(b), Space.of(closed.jaxpr, b)
+        if direct and any(space.axes):
+            names = ", ".join(f"`{name}`" for name in space.together)
+            raise TypeError(
+                f"`{where}` solves one system on its own, but a collective over {names} makes one of "
+                "all those along it; take `cg`, `gmres`, `bicgstab`, `normal_cg` or `fp`, whose inner "
+                "products go over it too."
+            )
+        scale = power_of_two(real, space.together) if scaled else jnp.ones((), real_dtype(b))
         real = tree.scale(1 / scale, real)
-        norm = norm_of(real)
+        sizes = space.sizes(real)
         start = None
         if x0 is not None:
-            start = tree.where(norm > 0, tree.scale(1 / scale, to_real(x0)), tree.zeros_like(real))
+            some = jnp.any(sizes > 0)
+            start = tree.where(some, tree.scale(1 / scale, to_real(x0)), tree.zeros_like(real))
 
         def product(u: PyTree) -> PyTree:
-            # Of the vector as it is: in a batch with collectives M mixes elements, and scales.
-            return tree.scale(1 / scale, to_real(matvec(from_real(tree.scale(scale, u)))))
+            return to_real(matvec(from_real(u)))
 
-        system = System(product, real, start, norm, scale, resolution(b))
+        system = System(product, real, start, space, sizes, scale, resolution(b))
         x, info = solve(system)
         info = info._replace(residual=info.residual * scale, tolerance=info.tolerance * scale)
         return from_real(tree.scale(scale, x)), info

@@ -7,8 +7,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..replication import varying_alike
-from ..types import LinearSolver, PyTree, Scalar, Status, check_count, status_where, stopping
-from .frame import Correction, System, corrected, dot, linear_solver, tree
+from ..types import (
+    LinearSolver,
+    PyTree,
+    Scalar,
+    Status,
+    check_count,
+    is_failure,
+    status_where,
+    stopping,
+)
+from .frame import Correction, System, corrected, linear_solver, tree
 
 
 def gmres(
@@ -30,8 +39,7 @@ def gmres(
     `restart` + 4 vectors, 2 more with a tolerance.
     Not where I − M is symmetric positive definite: `cg` does the same with 5 vectors. Short
     restarts can stagnate (status `MAX_STEPS`): lengthen them or use `dense`.
-    Assumed, not checked: that exact `num_steps` make way. Cycles that stagnate are then reported as
-    `FIXED_STEPS`, and the residual shows it.
+    Exact `num_steps` that leave the residual where it was are `NO_PROGRESS`.
 
     Args:
         num_steps: Exactly that many steps, fewer where the Krylov space ends before.
@@ -80,8 +88,9 @@ def gmres(
         carry = lax.fori_loop(0, whole, lambda _, c: advance(c, restart), carry)
         if rest:
             carry = advance(carry, rest)
-        x, _, taken, status = carry
-        return Correction(x, taken, status)
+        x, left, taken, status = carry
+        ended = system.steps_status(system.space.norm(left), system.space.norm(r), x)
+        return Correction(x, taken, status_where(is_failure(status), status, ended))
 
     return linear_solver("gmres", corrected(stop, correct, gain=0.99), stop)
 
@@ -101,9 +110,7 @@ def bicgstab(
     Cost: two products a step, one more for the residual. Memory: 8 vectors, 10 with a tolerance.
     Not where I − M is symmetric positive definite (`cg`), nor for nearly skew-symmetric I − M,
     where it makes no way and `gmres` does.
-    Assumed, not checked: that exact `num_steps` make way. A breakdown that even a new beginning
-    does not get past, be it that I − M is singular, is then reported as `FIXED_STEPS`; the residual
-    shows it.
+    Exact `num_steps` that leave the residual where it was, or larger, are `NO_PROGRESS`.
 
     Args:
         num_steps: Exactly that many steps, fewer on a breakdown or at an exact solution.
@@ -130,8 +137,8 @@ def bicgstab(
     stop = stopping("bicgstab", num_steps, max_steps, rtol, atol)
 
     def correct(system: System, r: PyTree, steps: jax.Array | int, tol: jax.Array) -> Correction:
-        eps = system.eps
-        start = tree.norm(r)
+        eps, dot, norm = system.eps, system.space.inner, system.space.norm
+        start = norm(r)
         least = jnp.maximum(tol, eps / 8 * start)
 
         def ratio(a: jax.Array, b: jax.Array, scale: jax.Array | float = 0.0) -> jax.Array:
@@ -142,19 +149,19 @@ def bicgstab(
         def step(c: _BiCGStab) -> _BiCGStab:
             rho = dot(c.shadow, c.r)
             beta = ratio(rho, c.rho) * ratio(c.alpha, c.omega)
-            anew = (beta == 0) | (jnp.abs(rho) <= eps * tree.norm(c.shadow) * c.norm)
+            anew = (beta == 0) | (jnp.abs(rho) <= eps * norm(c.shadow) * c.norm)
             shadow, rho = tree.where(anew, (c.r, c.norm**2), (c.shadow, rho))
             onward = tree.add_scale(c.r, beta, tree.add_scale(c.p, -c.omega, c.v))
             p = tree.where(anew, c.r, onward)
             v = system.product(p)
-            alpha = ratio(rho, dot(shadow, v), tree.norm(shadow) * tree.norm(v))
+            alpha = ratio(rho, dot(shadow, v), norm(shadow) * norm(v))
             s = tree.add_scale(c.r, -alpha, v)
             t = system.product(s)
             omega = ratio(dot(t, s), dot(t, t))
-            omega = jnp.where(jnp.abs(omega) * tree.norm(t) > eps * tree.norm(s), omega, 0.0)
+            omega = jnp.where(jnp.abs(omega) * norm(t) > eps * norm(s), omega, 0.0)
             x = tree.add_scale(tree.add_scale(c.x, alpha, p), omega, s)
             left = tree.add_scale(s, -omega, t)
-            return _BiCGStab(c.i + 1, x, left, shadow, p, v, rho, alpha, omega, tree.norm(left))
+            return _BiCGStab(c.i + 1, x, left, shadow, p, v, rho, alpha, omega, norm(left))
 
         def lost(c: _BiCGStab) -> jax.Array:
             stuck = (c.i > 0) & (c.alpha == 0) & (c.omega == 0)
@@ -170,7 +177,7 @@ def bicgstab(
         status = system.steps_status(c.norm, start, c.x)
         status = status_where(lost(c) & (c.norm > least), Status.MAX_STEPS, status)
         # As in GMRES: x so large that its rounding is as large as r lies along a null vector of A.
-        singular = (eps * tree.norm(c.x) >= system.noise * start) & (start > 0)
+        singular = (eps * norm(c.x) >= system.noise * start) & (start > 0)
         status = status_where(singular, Status.SINGULAR, status)
         return Correction(c.x, c.i, status_where(jnp.isfinite(c.norm), status, Status.NON_FINITE))
 
@@ -212,22 +219,22 @@ def _gmres_cycle(
     A V_m = V_{m+1} H with H Hessenberg; rotations turn H into R and ‖r‖e₁ into g, so that d = V_m y
     with R y = g, and |g_{m+1}| is the residual norm.
     """
-    eps = system.eps
-    beta = tree.norm(r)
+    eps, norm = system.eps, system.space.norm
+    beta = norm(r)
     safe = jnp.where(beta > 0, beta, 1.0)
     dtype = beta.dtype
 
     def step(c: _Arnoldi) -> _Arnoldi:
         j = c.j
         u = system.product(jax.tree.map(lambda q: q[j], c.basis))
-        size = tree.norm(u)
+        size = norm(u)
         # Rows of the basis that are not filled yet are zero, so the projection needs no mask.
         h = jnp.zeros(length + 1, dtype)
         for _ in range(2):
-            part = _project(c.basis, u)
+            part = system.space.coefficients(c.basis, u)
             u = tree.sub(u, _combine(c.basis, part))
             h += part
-        height = tree.norm(u)
+        height = norm(u)
         ended = height <= 4 * eps * size  # The Krylov space is exhausted: d is exact.
         u = tree.scale(jnp.where(ended, 0.0, 1 / jnp.where(ended, 1.0, height)), u)
         h = h.at[j + 1].set(jnp.where(ended, 0.0, height))
@@ -289,15 +296,6 @@ def _gmres_cycle(
     singular = ((jnp.any(flat) & c.ended) | ~(noise < system.noise * beta)) & (beta > 0)
     singular &= jnp.isfinite(size)
     return Correction(d, c.j, status_where(singular, Status.SINGULAR, Status.FIXED_STEPS))
-
-
-def _project(basis: PyTree, u: PyTree) -> jax.Array:
-    """The coefficients ⟨qᵢ, u⟩ of a stacked basis."""
-
-    def leaf(q: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.sum(q * x[None], axis=tuple(range(1, q.ndim)))  # See `dot`.
-
-    return jax.tree.reduce(jnp.add, jax.tree.map(leaf, basis, u))
 
 
 def _combine(basis: PyTree, coefficients: jax.Array) -> PyTree:

@@ -10,7 +10,8 @@ import optax
 from jax import lax
 
 from ..failure import check_on_failure
-from ..packing import SOLVED, check_arrays, check_phi, split_static, strongly_typed
+from ..iteration import verdict
+from ..packing import SOLVED, check_arrays, split_static, strongly_typed
 from ..realify import steepest_ascent
 from ..types import (
     OnFailure,
@@ -27,7 +28,7 @@ from ..types import (
     show,
     stopping,
 )
-from .frame import CheckedSolver, distance, judge
+from .frame import CheckedSolver, lower_level
 
 tree = optax.tree
 
@@ -81,11 +82,9 @@ def checked(
 
     def with_info(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
         w = solver(w0, *args, **kwargs)
-        check_phi("checked", phi, w, SOLVED, args, kwargs)
-        following = phi(w, *args, **kwargs)
-        residual = distance(following, w)
-        start = jnp.full_like(residual, jnp.inf)
-        return w, judge(0, residual, start, stop.tolerance, following)
+        lower = lower_level("checked", phi, w, args, kwargs, SOLVED)
+        measured = lower.measured(stop, lower.w0, lower.phi(lower.w0), nudged=True)
+        return w, verdict(0, measured, jnp.full_like(measured.norm, jnp.inf))
 
     return CheckedSolver(with_info, on_failure)
 

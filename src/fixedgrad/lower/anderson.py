@@ -8,7 +8,8 @@ import optax
 from jax import lax
 
 from ..failure import check_on_failure
-from ..realify import norm, real_dtype, realified
+from ..iteration import Measured, Progress, first_progress, verdict
+from ..realify import Space, real_dtype, realified
 from ..replication import varying_alike
 from ..types import (
     OnFailure,
@@ -21,7 +22,7 @@ from ..types import (
     check_number,
     stopping,
 )
-from .frame import CheckedSolver, above, checked_start, distance, fixed_point_info, floor, judge
+from .frame import CheckedSolver, fixed_point_info, lower_level
 
 tree = optax.tree
 
@@ -46,7 +47,7 @@ def anderson(
 
     Assumed, not checked: every leaf of w is inexact.
 
-    Cost: one Φ a step, one more at the end, and `window`² inner products a step.
+    Cost: one Φ a step, and `window`² inner products.
     Memory: 2 `window` + 4 w, one more with a tolerance.
     Not needed for small q; of no use on strongly non-linear maps far from the fixed point.
 
@@ -83,18 +84,23 @@ def anderson(
     stop = stopping("anderson", num_steps, max_steps, rtol, atol)
 
     def with_info(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
-        w0 = checked_start("anderson", phi, w0, *args, **kwargs)
+        lower = lower_level("anderson", phi, w0, args, kwargs)
+        w0, space = lower.w0, lower.space
         to_real, from_real = realified(w0)
 
         def image(w: PyTree) -> PyTree:
-            return to_real(phi(from_real(w), *args, **kwargs))
+            return to_real(lower.phi(from_real(w)))
+
+        def judged(w: PyTree, image: PyTree) -> Measured:
+            return lower.measured(stop, from_real(w), from_real(image))
 
         def step(s: _Anderson) -> _Anderson:
             # s.mixed is the candidate; s.w, s.image the last accepted point.
             candidate_image = image(s.mixed)
             residual = tree.sub(candidate_image, s.mixed)
             # A scale and a test, not to be differentiated: a norm has no derivative at 0.
-            size = norm(lax.stop_gradient(residual))
+            measured = judged(*lax.stop_gradient((s.mixed, candidate_image)))
+            size = measured.norm
             # After a rejection the plain step is taken for better or worse, NaN included.
             good = (size <= s.size) | jnp.isinf(s.size)
             slot = s.filled % window
@@ -104,71 +110,79 @@ def anderson(
                 for history, new in ((s.images, candidate_image), (s.residuals, residual))
             )
             # At rounding there is nothing to mix by, and weights have derivatives like 1/rounding.
-            settled = size <= floor(from_real(candidate_image))
+            settled = 8 * size <= measured.floor
             weighed = tree.where(settled, tree.zeros_like(residuals), residuals)
-            mixed = _mix(images, weighed, jnp.minimum(filled, window), regularisation, size)
+            window_filled = jnp.minimum(filled, window)
+            mixed = _mix(space, images, weighed, window_filled, regularisation, size)
             mixed = tree.where(settled, candidate_image, mixed)
             # Rejected: go on with the plain step from the last accepted point, and judge the next
             # residual afresh.
-            accepted = (s.mixed, candidate_image, mixed, size)
-            rejected = (s.w, s.image, s.image, jnp.full_like(size, jnp.inf))
-            w, image_, mixed, size = tree.where(good, accepted, rejected)
-            return _Anderson(s.i + 1, w, image_, mixed, size, filled, images, residuals)
+            accepted = (s.mixed, candidate_image, mixed, size, measured)
+            rejected = (s.w, s.image, s.image, jnp.full_like(size, jnp.inf), s.measured)
+            w, image_, mixed, size, measured = tree.where(good, accepted, rejected)
+            progress, i = s.progress.after(s.i, measured), s.i + 1
+            return _Anderson(
+                i, w, image_, mixed, size, measured, progress, filled, images, residuals
+            )
 
         real = to_real(w0)
         zeros = jax.tree.map(lambda x: jnp.zeros((window, *x.shape), x.dtype), real)
         infinite = jnp.asarray(jnp.inf, real_dtype(w0))
         zero = jnp.int32(0)
-        s = varying_alike(_Anderson(zero, real, real, real, infinite, zero, zeros, zeros))
+        nothing = judged(real, real)._replace(norm=infinite)
+        s = _Anderson(
+            zero, real, real, real, infinite, nothing, first_progress(nothing), zero, zeros, zeros
+        )
+        s = varying_alike(s)
         if stop.num_steps is not None:
             s = lax.fori_loop(0, stop.num_steps, lambda _, s: step(s), s)
             w = from_real(s.image)
             return w, fixed_point_info(phi, stop.num_steps, w, *args, **kwargs)
-        s = step(s)
-        start = s.size
 
         def unfinished(s: _Anderson) -> jax.Array:
-            return (s.i < stop.max_steps) & above(s.size, stop.tolerance, from_real(s.image))
+            alive = ~jnp.isnan(s.measured.norm) & ~s.progress.settled(s.i, s.measured)
+            return (s.i < stop.max_steps) & ~s.measured.met & alive
 
+        s = step(s)
+        start = s.measured.norm
         s = lax.while_loop(unfinished, step, s)
-        w = from_real(s.w)
-        # After a rejection the size at hand is not that of w: the verdict takes the true one.
-        residual = distance(phi(w, *args, **kwargs), w)
-        return w, judge(s.i, residual, start, stop.tolerance, from_real(s.image))
+        return from_real(s.w), verdict(s.i, s.measured, start, s.progress)
 
     return CheckedSolver(with_info, on_failure)
 
 
 class _Anderson(NamedTuple):
-    """The carry of Anderson: last accepted point, its image, the next candidate, the window."""
+    """The carry of Anderson: last accepted point, its image, the next candidate, the window.
+
+    `size` is what the next residual is held to, `measured` the residual of the accepted point.
+    """
 
     i: jax.Array
     w: PyTree
     image: PyTree
     mixed: PyTree
     size: jax.Array
+    measured: Measured
+    progress: Progress
     filled: jax.Array
     images: PyTree
     residuals: PyTree
 
 
 def _mix(
-    images: PyTree, residuals: PyTree, filled: jax.Array, regularisation: Scalar, size: jax.Array
+    space: Space,
+    images: PyTree,
+    residuals: PyTree,
+    filled: jax.Array,
+    regularisation: Scalar,
+    size: jax.Array,
 ) -> PyTree:
     """Σ αᵢ Φ(wᵢ), α ∝ (F + εI)⁻¹ 1 with F the Gram matrix of the residuals in the window.
 
     The least-squares problem with the constraint Σ αᵢ = 1 has this solution by its Lagrangian.
     """
     residuals = tree.scale(1 / jnp.where(size > 0, size, 1.0), residuals)
-    gram = jnp.sum(
-        jnp.stack(
-            [
-                jnp.einsum("i...,j...->ij", x, x, precision="highest")
-                for x in jax.tree.leaves(residuals)
-            ]
-        ),
-        axis=0,
-    )
+    gram = space.gram(residuals)
     window = gram.shape[0]
     used = jnp.arange(window, dtype=filled.dtype) < filled
     gram = jnp.where(used[:, None] & used[None, :], gram, 0.0)

@@ -2,13 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from ..failure import enforce
-from ..packing import check_arrays, check_phi, is_inexact, strongly_typed
-from ..realify import norm, resolution
+from ..iteration import Measured, joint_tolerance
+from ..packing import check_arrays, is_inexact, phi_hint, strongly_typed
+from ..realify import Space, norm, random_rounding, realified, resolution, whole
 from ..types import (
     OnFailure,
     Phi,
@@ -17,6 +20,8 @@ from ..types import (
     SolveInfo,
     Solver,
     Status,
+    Stopping,
+    check_same,
     solve_info,
     status_where,
 )
@@ -60,41 +65,84 @@ def fixed_point_info(
     return solve_info(num_steps, residual, status)
 
 
-def checked_start(where: str, phi: Phi, w0: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
-    """`w0` as arrays that a loop over Φ can carry; raises `TypeError` where Φ(w0) differs."""
-    check_arrays(where, "w0", w0)
+def held_to_phi(
+    phi: Callable[[PyTree], PyTree], w0: PyTree, w: PyTree, info: SolveInfo | None
+) -> SolveInfo:
+    """The info of a solve that w is a fixed point of: `NOT_FIXED` where Φ(w) is nothing like w.
+
+    Of a solve that knows nothing of its accuracy this is the least to ask before w is differentiated
+    as a fixed point of Φ. Where the solution is w = 0, Φ(w) need not be like any w ≠ 0: what w was at
+    the start tells that such a w is next to nothing.
+    """
+    image = phi(w)
+    residual, size = distance(image, w), jnp.maximum(norm(w), norm(image))
+    far = (residual > 0.9 * size) & (residual > resolution(w) ** 0.5 * norm(w0))
+    if info is None:
+        info = solve_info(0, residual, Status.NOT_RUN)._replace(converged=jnp.asarray(True))
+    silent = (info.status == int(Status.NOT_RUN)) | (info.status == int(Status.FIXED_STEPS))
+    far &= silent & jnp.asarray(info.converged)
+    return info._replace(
+        status=status_where(far, Status.NOT_FIXED, info.status), converged=info.converged & ~far
+    )
+
+
+class Lower(NamedTuple):
+    """The equation w = Φ(w) at the arguments of one call, as a solver iterates it.
+
+    Attributes:
+        phi: Φ of w alone.
+        w0: The start, as arrays that a loop over Φ can carry.
+        space: Where residuals are measured.
+    """
+
+    phi: Callable[[PyTree], PyTree]
+    w0: PyTree
+    space: Space
+
+    def measured(
+        self, stop: Stopping, w: PyTree, image: PyTree, *, nudged: bool = False
+    ) -> Measured:
+        """The residual Φ(w) − w, leaf by leaf, against what `stop` asks for and what is rounding.
+
+        Where a solution has a leaf that is zero, what is left of that leaf is rounding of the others:
+        with `nudged` one more Φ shows how far their last digits move each leaf. An iteration need not
+        ask; it stops shrinking there.
+        """
+        before, after = _inexact(w), _inexact(image)
+        to_real, _ = realified(after)
+        sizes = self.space.sizes(optax.tree.sub(to_real(after), to_real(before)))
+        scales = self.space.sizes(to_real(after))
+        eps = jnp.asarray([jnp.finfo(x.dtype).eps for x in after], scales.dtype)
+        # A multiple of the rounding of w, smaller where eps is coarse.
+        rounding = jnp.where(eps < 1e-5, 8 * eps, 2 * eps) * scales
+        if nudged and len(after) > 1:
+            moved = _inexact(self.phi(random_rounding(w, 8)))
+            rounding += self.space.sizes(optax.tree.sub(to_real(moved), to_real(after)))
+        tolerance = joint_tolerance(sizes, stop.tolerance(scales))
+        floor = 8 * jnp.max(eps, initial=0) * whole(scales)
+        return Measured(whole(sizes), tolerance, floor, jnp.all(sizes <= rounding))
+
+
+def lower_level(
+    where: str, phi: Phi, w0: PyTree, args: PyTree, kwargs: PyTree, name: str = "`w0`"
+) -> Lower:
+    """The equation of one call; raises `TypeError` where Φ(w0) does not look like `w0`."""
+    check_arrays(where, name.split("`")[1], w0)
     w0 = strongly_typed(w0)
-    check_phi(where, phi, w0, "`w0`", args, kwargs)
-    return w0
+
+    def at(w: PyTree) -> PyTree:
+        return phi(w, *args, **kwargs)
+
+    with phi_hint(where, w0, args, kwargs):
+        closed, image = jax.make_jaxpr(at, return_shape=True)(w0)
+    check_same(where, image, w0, "`phi(w, ...)`", name)
+    return Lower(at, w0, Space.of(closed.jaxpr, _inexact(w0)))
 
 
 def distance(a: PyTree, b: PyTree) -> jax.Array:
     """‖a − b‖ over the inexact leaves, in at least float32."""
-    inexact = [
-        (x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True) if is_inexact(x)
-    ]
-    return norm([x - y for x, y in inexact])
+    return norm([x - y for x, y in zip(_inexact(a), _inexact(b), strict=True)])
 
 
-def floor(w: PyTree) -> jax.Array:
-    """‖Φ(w) − w‖ at rounding: a modest multiple of eps ‖w‖, smaller where eps is coarse."""
-    eps = resolution(w)
-    return (8 * eps if eps < 1e-5 else 2 * eps) * norm(w)
-
-
-def above(residual: jax.Array, tolerance: Callable, w: PyTree) -> jax.Array:
-    """Whether to go on: finite, above the tolerance and above the floor of the dtype."""
-    least = jnp.maximum(tolerance(norm(w)), floor(w))
-    return jnp.isfinite(residual) & (residual > least) | (residual == jnp.inf)
-
-
-def judge(
-    num_steps: Scalar, residual: jax.Array, start: jax.Array, tolerance: Callable, w: PyTree
-) -> SolveInfo:
-    """The verdict on a solve with a tolerance."""
-    missed = status_where(residual > start, Status.DIVERGED, Status.MAX_STEPS)
-    close = status_where(residual <= floor(w), Status.AT_FLOOR, missed)
-    tol = tolerance(norm(w))
-    status = status_where(residual <= tol, Status.CONVERGED, close)
-    status = status_where(jnp.isfinite(residual), status, Status.NON_FINITE)
-    return solve_info(num_steps, residual, status, tol)
+def _inexact(w: PyTree) -> list[jax.Array]:
+    return [x for x in map(jnp.asarray, jax.tree.leaves(w)) if is_inexact(x)]

@@ -1,17 +1,13 @@
 """Fixed-point iteration, w ← Φ(w, λ): `picard`."""
 
-from typing import Any
+import functools
 
-import jax
-import jax.numpy as jnp
-import optax
 from jax import lax
 
 from ..failure import check_on_failure
+from ..iteration import iterate
 from ..types import OnFailure, Phi, PyTree, Scalar, SolveInfo, check_callable, stopping
-from .frame import CheckedSolver, above, checked_start, distance, fixed_point_info, judge
-
-tree = optax.tree
+from .frame import CheckedSolver, fixed_point_info, lower_level
 
 
 def picard(
@@ -27,7 +23,8 @@ def picard(
 
     For a contraction with constant q, ‖w_t − w‖ ≤ qᵗ ‖w₀ − w‖. With `num_steps` it is a `fori_loop` of
     static length, which reverse mode can differentiate (`itd`). With `max_steps` it is a
-    `while_loop` that ends when ‖Φ(w) − w‖ ≤ max(rtol ‖Φ(w)‖, atol), or at the floor of the dtype.
+    `while_loop` that ends when ‖Φ(w) − w‖ ≤ max(rtol ‖Φ(w)‖, atol) in every leaf of w, or when a
+    residual near rounding has stopped shrinking (status `AT_FLOOR`).
 
     Assumed, not checked: with exact `num_steps`, that they suffice; `with_info` has the residual,
     for one Φ more.
@@ -64,24 +61,13 @@ def picard(
     stop = stopping("picard", num_steps, max_steps, rtol, atol)
 
     def with_info(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
-        w0 = checked_start("picard", phi, w0, *args, **kwargs)
+        lower = lower_level("picard", phi, w0, args, kwargs)
         if stop.num_steps is not None:
-            w = lax.fori_loop(0, stop.num_steps, lambda _, w: phi(w, *args, **kwargs), w0)
+            w = lax.fori_loop(0, stop.num_steps, lambda _, w: lower.phi(w), lower.w0)
             return w, fixed_point_info(phi, stop.num_steps, w, *args, **kwargs)
-
-        def unfinished(carry: Any) -> jax.Array:
-            i, _, following, residual = carry
-            return (i < stop.max_steps) & above(residual, stop.tolerance, following)
-
-        def step(carry: Any) -> Any:
-            i, _, w, _ = carry
-            following = phi(w, *args, **kwargs)
-            return i + 1, w, following, distance(following, w)
-
-        following = phi(w0, *args, **kwargs)
-        start = distance(following, w0)
-        carry = lax.while_loop(unfinished, step, (jnp.int32(0), w0, following, start))
-        i, w, following, residual = carry
-        return w, judge(i, residual, start, stop.tolerance, following)
+        measure = functools.partial(lower.measured, stop)
+        image = lower.phi(lower.w0)
+        w, _, info = iterate(lower.phi, lower.w0, image, measure, stop.max_steps)
+        return w, info
 
     return CheckedSolver(with_info, on_failure)

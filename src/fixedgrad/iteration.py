@@ -1,0 +1,140 @@
+"""Until a tolerance: when an iteration w ← Φ(w) has met it, when it gets no further, how it ended.
+
+The tolerance is met when every leaf of w meets it on its own scale: one over all leaves would be
+that of the largest leaf alone. And the floor of the dtype is observed, not predicted: an iteration is
+at rounding when its residual is small and has not shrunk for a while.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .realify import whole
+from .replication import varying_alike
+from .types import PyTree, Scalar, SolveInfo, Status, solve_info, status_where
+
+_PATIENCE = 10  # Steps without a smaller residual before a small one counts as rounding, at least.
+
+
+class Measured(NamedTuple):
+    """The residual r of an iterate.
+
+    Attributes:
+        norm: ‖r‖ over all leaves.
+        tolerance: What ‖r‖ is to fall below for every leaf to meet its own tolerance, should all leaves
+            shrink alike.
+        floor: What of ‖r‖ may be rounding, generously.
+        rounded: Whether the residual of every leaf is rounding on the scale of that leaf.
+    """
+
+    norm: jax.Array
+    tolerance: jax.Array
+    floor: jax.Array
+    rounded: jax.Array
+
+    @property
+    def met(self) -> jax.Array:
+        return self.norm <= self.tolerance
+
+    @property
+    def sizes(self) -> jax.Array:
+        """What has to shrink for the iteration to get on: ‖r‖, and what it exceeds the tolerance by."""
+        excess = self.norm / jnp.where(self.tolerance > 0, self.tolerance, 1.0)
+        return jnp.stack([self.norm, excess])
+
+
+def joint_tolerance(sizes: jax.Array, tolerances: jax.Array) -> jax.Array:
+    """What the norm over all leaves is to fall below, from the residual and the tolerance of each."""
+    if sizes.size == 1:
+        return tolerances[0]
+    shares = jnp.where(sizes > 0, tolerances / jnp.where(sizes > 0, sizes, 1.0), jnp.inf)
+    share = jnp.min(shares, initial=jnp.inf)
+    return jnp.where(jnp.isfinite(share), share * whole(sizes), whole(tolerances))
+
+
+class Progress(NamedTuple):
+    """The smallest `Measured.sizes` so far, and the step that brought the last smaller one."""
+
+    least: jax.Array
+    step: jax.Array
+
+    def after(self, step: jax.Array, measured: Measured) -> "Progress":
+        sizes = measured.sizes
+        better = jnp.any(sizes < self.least)
+        return Progress(jnp.fmin(sizes, self.least), jnp.where(better, step, self.step))
+
+    def settled(self, step: jax.Array, measured: Measured) -> jax.Array:
+        """Whether the residual is small, and has not shrunk for a while."""
+        waited = step - self.step > _PATIENCE + self.step // 8
+        return waited & (measured.norm <= measured.floor)
+
+
+def first_progress(measured: Measured) -> Progress:
+    """At the start."""
+    return Progress(measured.sizes, jnp.int32(0))
+
+
+class Iterated(NamedTuple):
+    """An iterate w, Φ(w), the residual Φ(w) − w, and how the iteration came to it."""
+
+    num_steps: jax.Array
+    w: PyTree
+    image: PyTree
+    measured: Measured
+    progress: Progress
+
+
+def iterate(
+    phi: Callable[[PyTree], PyTree],
+    w0: PyTree,
+    image: PyTree,
+    measure: Callable[[PyTree, PyTree], Measured],
+    max_steps: int,
+    max_growth: float = jnp.inf,
+) -> tuple[PyTree, PyTree, SolveInfo]:
+    """W ← Φ(w) until `measure(w, Φ(w))` is met, gets no further, or has grown by `max_growth`.
+
+    Args:
+        phi: Φ.
+        w0: The start.
+        image: Φ(w0).
+        measure: The residual of w, from w and Φ(w).
+        max_steps: At most that many steps.
+        max_growth: Of the norm of the residual.
+
+    Returns:
+        w, Φ(w), and the verdict.
+    """
+
+    def unfinished(c: Iterated) -> jax.Array:
+        norm = c.measured.norm
+        alive = jnp.isfinite(norm) & (norm <= max_growth * start.norm)
+        settled = c.progress.settled(c.num_steps, c.measured)
+        return (c.num_steps < max_steps) & ~c.measured.met & alive & ~settled
+
+    def step(c: Iterated) -> Iterated:
+        image = phi(c.image)
+        measured, i = measure(c.image, image), c.num_steps + 1
+        return Iterated(i, c.image, image, measured, c.progress.after(i, measured))
+
+    start = measure(w0, image)
+    carry = Iterated(jnp.int32(0), w0, image, start, first_progress(start))
+    c = lax.while_loop(unfinished, step, varying_alike(carry))
+    return c.w, c.image, verdict(c.num_steps, c.measured, start.norm, c.progress)
+
+
+def verdict(
+    num_steps: Scalar, measured: Measured, start: jax.Array, progress: Progress | None = None
+) -> SolveInfo:
+    """How a solve with a tolerance ended; `start` is the norm of its first residual."""
+    missed = status_where(measured.norm > start, Status.DIVERGED, Status.MAX_STEPS)
+    at_floor = measured.rounded
+    if progress is not None:
+        at_floor |= progress.settled(jnp.asarray(num_steps), measured)
+    status = status_where(at_floor, Status.AT_FLOOR, missed)
+    status = status_where(measured.met, Status.CONVERGED, status)
+    status = status_where(jnp.isfinite(measured.norm), status, Status.NON_FINITE)
+    return solve_info(num_steps, measured.norm, status, measured.tolerance)
