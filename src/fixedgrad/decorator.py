@@ -98,14 +98,17 @@ def fixed_point(
         phi: `phi(w, *args, **kwargs) -> w`.
         estimator: `itd()`, `truncated_itd(...)`, `aid(...)`, `forward(...)`.
         has_aux: The solver returns `(w, aux)`; so does the decorated solver, with `aux` detached: its
-            derivative is zero by construction.
+            derivative is zero by construction. An `aux` that is a `SolveInfo` is the solver's verdict
+            on itself too.
         on_failure: What becomes of derivatives when the solve behind them failed, that is missed its
             tolerance or broke down: "nan" (each element of a batch by itself), "warn", "raise", or
             "ignore". Exact `num_steps` never fail for lack of accuracy. "warn" and "raise" call
             back to the host.
 
     Returns:
-        A decorator of solvers `solver(w0, *args, **kwargs) -> w`.
+        A decorator of solvers `solver(w0, *args, **kwargs) -> w`. The decorated solver has a
+        `with_info(w0, *args, **kwargs) -> (w, info)`, with `has_aux` `((w, aux), info)`: what the
+        solver says of itself, detached; `None` where it says nothing.
 
     Raises:
         TypeError: `phi` or the solver is not callable, `estimator` is not an `Estimator`, `has_aux`
@@ -134,20 +137,26 @@ def fixed_point(
         check_callable("fixed_point", "solver", solver, "solver(w0, *args) -> w")
         run = _unrolled if estimator.mode == "unroll" else _implicit
 
-        def call(layout: Layout, arrays: list[jax.Array]) -> PyTree:
+        def call(informed: bool, layout: Layout, arrays: list[jax.Array]) -> PyTree:
             w0, args, kwargs = layout.join(arrays)
-            w, aux = run(phi, solver, estimator, has_aux, on_failure, w0, args, kwargs)
-            return (w, jax.lax.stop_gradient(aux)) if has_aux else w
+            w, aux, info = run(phi, solver, estimator, has_aux, on_failure, w0, args, kwargs)
+            out = (w, jax.lax.stop_gradient(aux)) if has_aux else w
+            return (out, jax.lax.stop_gradient(info)) if informed else out
 
         # A traced tolerance ties the rule to its trace: a jit of our own inside could not hold it.
-        compiled = call if estimator.traced else jax.jit(call, static_argnums=0)
+        compiled = call if estimator.traced else jax.jit(call, static_argnums=(0, 1))
 
-        # Not its attributes: a `with_info` of the solver would go around the rule.
-        @functools.wraps(solver, updated=())
-        def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
-            check_arrays("fixed_point", "w0", w0)
-            return compiled(*split_static((w0, args, kwargs)))
+        def entry(informed: bool) -> Callable[..., PyTree]:
+            def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+                check_arrays("fixed_point", "w0", w0)
+                return compiled(informed, *split_static((w0, args, kwargs)))
 
+            # Not its attributes: a `with_info` of the solver would go around the rule.
+            return functools.wraps(solver, updated=())(solve)
+
+        solve = entry(informed=False)
+        # Without it a decorated solver inside another would hide that it failed.
+        solve.with_info = entry(informed=True)  # pyright: ignore[reportFunctionMemberAccess]
         return solve
 
     return decorate
@@ -162,13 +171,13 @@ def _unrolled(
     w0: PyTree,
     args: PyTree,
     kwargs: PyTree,
-) -> tuple[PyTree, PyTree]:
+) -> tuple[PyTree, PyTree, SolveInfo | None]:
     """JAX differentiates the solver's own iterations; only a failure needs a rule."""
     del estimator
     w, aux, info = _run(solver, has_aux, w0, args, kwargs)
     check_phi("fixed_point", phi, w, SOLVED, args, kwargs)
     if info is None:
-        return w, aux
+        return w, aux, None
 
     @jax.custom_jvp
     def guarded(w: PyTree, info: SolveInfo) -> PyTree:
@@ -180,7 +189,7 @@ def _unrolled(
         (w, info), (w_dot, _) = primals, tangents
         return guarded(w, info), enforce(on_failure, "lower-level solve", info, w_dot)
 
-    return guarded(w, jax.lax.stop_gradient(info)), aux
+    return guarded(w, jax.lax.stop_gradient(info)), aux, info
 
 
 def _implicit(
@@ -192,7 +201,7 @@ def _implicit(
     w0: PyTree,
     args: PyTree,
     kwargs: PyTree,
-) -> tuple[PyTree, PyTree]:
+) -> tuple[PyTree, PyTree, SolveInfo | None]:
     """The estimator's rule, on functions that depend on nothing but their arguments.
 
     The rule is installed on `apply(w0, x, rest)`: `x` are the inexact leaves of the arguments and of
@@ -278,8 +287,8 @@ def _implicit(
             _, w, extra, out_dot = tangent(primals, tangents)
             return (w, extra), out_dot
 
-    w_x, (w_rest, aux, _) = apply(w0, x, rest)
-    return join_w(w_x, w_rest), aux
+    w_x, (w_rest, aux, info) = apply(w0, x, rest)
+    return join_w(w_x, w_rest), aux, info
 
 
 def _run(
@@ -296,6 +305,8 @@ def _run(
     w, aux = out if has_aux else (out, ())
     check_arrays("fixed_point", "w", w)
     check_arrays("fixed_point", "aux", aux)
+    if info is None and isinstance(aux, SolveInfo):  # As `with_info` of `picard` has it.
+        info = aux
     return jax.tree.map(jnp.asarray, w), aux, info
 
 

@@ -46,7 +46,9 @@ def solve_with_info(
 ) -> tuple[PyTree, SolveInfo | None]:
     """(w, info) of any solver; `None` for one that does not say whether it succeeded."""
     with_info = getattr(solver, "with_info", None)
-    if with_info is not None:
+    # `jax.vmap` and its like copy attributes: the copy is that of the solver before the `vmap`.
+    copied = with_info is getattr(getattr(solver, "__wrapped__", None), "with_info", None)
+    if with_info is not None and (isinstance(solver, jax.stages.Wrapped) or not copied):
         return with_info(w0, *args, **kwargs)
     return solver(w0, *args, **kwargs), None
 
