@@ -27,6 +27,7 @@ from .packing import (
     zero_tangent,
 )
 from .replication import casts, hoisted, varying_axes, within_shard_map
+from .signatures import same_arguments
 from .types import (
     Estimator,
     LinearSolver,
@@ -67,7 +68,9 @@ def fixed_point(
 
     - All arguments after `w0`, positional or by keyword, go to Φ as they go to the solver, and are
       differentiated: any pytrees. Integers, booleans, PRNG keys and `None` ride along without a
-      gradient; leaves that are not arrays (functions, strings) are static.
+      gradient; leaves that are not arrays (functions, strings) are static. Φ and the solver may
+      name them differently; where both give one name to another place or to another default, the
+      call is refused.
     - What Φ closes over is differentiated like an argument.
     - `aid` and `truncated_itd` never differentiate the solver: a `while_loop`, a host callback or a
       call of another library will do. The gradient with respect to `w0` is then zero by construction.
@@ -84,7 +87,10 @@ def fixed_point(
       explicitly is kept.
 
     Assumed, not checked: that Φ has the fixed point which the solver approaches. Use `checked` or a
-    tolerance in `picard` to have that checked.
+    tolerance in `picard` to have that checked. Nor that Φ is a pure function: what it draws from
+    NumPy's or Python's random generators is drawn once, while it is traced, and is a constant of the
+    compiled program ever after (pass a key of `jax.random` as an argument); NumPy on a traced w is
+    an error of JAX.
 
     Cost: the solver's; for derivatives the estimator's. Memory: w and the arguments are kept for the
     backward pass, nothing else (`itd`: all iterates).
@@ -112,7 +118,9 @@ def fixed_point(
 
     Raises:
         TypeError: `phi` or the solver is not callable, `estimator` is not an `Estimator`, `has_aux`
-            not a bool; when called, Φ(w) differs from w in structure, shapes or dtypes.
+            not a bool; Φ and the solver name their parameters in another order; when called, a
+            parameter that is not given has another default in Φ than in the solver, or Φ(w) differs
+            from w in structure, shapes or dtypes.
         ValueError: `on_failure` is none of the four.
 
     >>> import fixedgrad as fg
@@ -135,6 +143,7 @@ def fixed_point(
 
     def decorate(solver: Solver) -> Callable[..., PyTree]:
         check_callable("fixed_point", "solver", solver, "solver(w0, *args) -> w")
+        check = same_arguments("fixed_point", phi, solver)
         run = _unrolled if estimator.mode == "unroll" else _implicit
 
         def call(informed: bool, layout: Layout, arrays: list[jax.Array]) -> PyTree:
@@ -148,6 +157,7 @@ def fixed_point(
 
         def entry(informed: bool) -> Callable[..., PyTree]:
             def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+                check(args, kwargs)
                 check_arrays("fixed_point", "w0", w0)
                 return compiled(informed, *split_static((w0, args, kwargs)))
 

@@ -10,8 +10,9 @@ import optax
 from jax import lax
 
 from ..failure import check_on_failure
-from ..packing import SOLVED, check_arrays, check_phi, split_static, strongly_typed
+from ..packing import SOLVED, check_arrays, check_phi, fresh, split_static, strongly_typed
 from ..realify import steepest_ascent
+from ..signatures import same_arguments
 from ..types import (
     OnFailure,
     Phi,
@@ -65,7 +66,8 @@ def checked(
         A solver with `with_info`; `info.num_steps` is 0, since nobody knows it.
 
     Raises:
-        TypeError: `solver` or `phi` is not callable; when called, Φ(w) does not look like w.
+        TypeError: `solver` or `phi` is not callable, or the two name their parameters in another
+            order or with other defaults; when called, Φ(w) does not look like w.
         ValueError: `rtol` is not in [0, 1), `atol` is negative or not finite, or `on_failure` is
             none of the four.
 
@@ -78,8 +80,11 @@ def checked(
     check_callable("checked", "phi", phi, "phi(w, *args) -> w")
     check_on_failure("checked", on_failure)
     stop = stopping("checked", None, 1, rtol, atol)
+    check = same_arguments("checked", phi, solver)
+    phi = fresh(phi)
 
     def with_info(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
+        check(args, kwargs)
         w = solver(w0, *args, **kwargs)
         check_phi("checked", phi, w, SOLVED, args, kwargs)
         following = phi(w, *args, **kwargs)

@@ -8,6 +8,7 @@ import optax
 from jax import lax
 
 from ..failure import check_on_failure
+from ..packing import fresh
 from ..realify import norm, real_dtype, realified
 from ..replication import varying_alike
 from ..types import (
@@ -77,6 +78,7 @@ def anderson(
         Globally Convergent Type-I Anderson Acceleration, 2020 (the safeguard).
     """
     check_callable("anderson", "phi", phi, "phi(w, *args) -> w")
+    phi = fresh(phi)
     check_on_failure("anderson", on_failure)
     check_count("anderson", "window", window)
     check_number("anderson", "regularisation", regularisation, lambda x: x > 0, "a number > 0")

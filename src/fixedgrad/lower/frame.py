@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ..failure import enforce
-from ..packing import check_arrays, check_phi, is_inexact, strongly_typed
+from ..packing import check_arrays, check_phi, fresh, is_inexact, strongly_typed
 from ..realify import norm, resolution
 from ..types import (
     OnFailure,
@@ -57,7 +57,7 @@ def fixed_point_info(
     phi: Phi, num_steps: Scalar, w: PyTree, *args: PyTree, **kwargs: PyTree
 ) -> SolveInfo:
     """The info of a solve without a tolerance: its true residual, and whether w is finite."""
-    residual = distance(phi(w, *args, **kwargs), w)
+    residual = distance(fresh(phi)(w, *args, **kwargs), w)
     status = status_where(jnp.isfinite(norm(w)), Status.FIXED_STEPS, Status.NON_FINITE)
     return solve_info(num_steps, residual, status)
 

@@ -8,6 +8,7 @@ import optax
 from jax import lax
 
 from ..failure import check_on_failure
+from ..packing import fresh
 from ..types import OnFailure, Phi, PyTree, Scalar, SolveInfo, check_callable, stopping
 from .frame import CheckedSolver, above, checked_start, distance, fixed_point_info, judge
 
@@ -60,6 +61,7 @@ def picard(
         Grazzi et al., ICML 2020, Algorithm 1.
     """
     check_callable("picard", "phi", phi, "phi(w, *args) -> w")
+    phi = fresh(phi)
     check_on_failure("picard", on_failure)
     stop = stopping("picard", num_steps, max_steps, rtol, atol)
 
