@@ -724,3 +724,28 @@ def test_a_transformation_of_a_solver_is_not_passed_over_for_its_info():
     lam = jnp.arange(3.0)
     solve = fg.fixed_point(lambda w, lam: jax.vmap(phi)(w, lam), _IMPLICIT)(each)
     assert_close(solve(jnp.zeros(3), lam), each(jnp.zeros(3), lam), EPS)
+
+
+# Collectives over the axis of a `vmap`.
+
+
+@pytest.mark.parametrize("mode", [jax.grad, jax.hessian], ids=["grad", "hessian"])
+@pytest.mark.parametrize(
+    "estimator",
+    [fg.aid(fg.fp(num_steps=80)), fg.truncated_itd(num_steps=60), FORWARD, fg.itd()],
+    ids=["aid", "truncated", "forward", "itd"],
+)
+def test_derivative_of_a_vmap_whose_axis_the_map_averages_over(estimator, mode):
+    def phi(w, lam):  # On all of them: w = w/2 + λ + mean(w)/10, hence mean(w) = 2.5 mean(λ).
+        return 0.5 * w + lam + 0.1 * lax.pmean(w, "batch")
+
+    solve = fg.fixed_point(phi, estimator)(fg.picard(phi, num_steps=60))
+
+    def f(lam):
+        return jnp.sum(jax.vmap(lambda lam: solve(0.0, lam), axis_name="batch")(lam) ** 3)
+
+    def closed(lam):
+        return jnp.sum((2 * lam + 0.2 * 2.5 * jnp.mean(lam)) ** 3)
+
+    lam = jnp.arange(3.0)
+    assert_close(mode(f)(lam), mode(closed)(lam), CLOSE)

@@ -77,6 +77,8 @@ def fixed_point(
     - The decorated solver is compiled once for given shapes. So jit's rule for closures holds: what Φ
       and the solver close over is fixed, or traced by the transformation in which the decorated
       solver is made. Python that needs concrete values goes through `from_host`.
+    - Within a `vmap` with an `axis_name` Φ may hold collectives over that axis. The rule is then that
+      of `forward(estimator)`.
     - On several devices, arrays that are sharded stay so, and so do their gradients. Within a
       `shard_map` Φ may hold collectives; w is then replicated along their axes. Where every device has
       a problem of its own, start it at `jnp.zeros_like(lam)`, so that w varies as λ does.
@@ -235,7 +237,7 @@ def _implicit(
     w_like = jax.eval_shape(lambda: run(w0, *given, *run_closure)[0])
     with jax.default_matmul_precision("highest"):
         image, phi_closure = closure_converted(phi_given, w_like, *given)
-    got = jax.eval_shape(image, w_like, *given, *phi_closure)
+    closed, got = jax.make_jaxpr(image, return_shape=True)(w_like, *given, *phi_closure)
     check_same("fixed_point", got, w_like, "`phi(w, ...)`", SOLVED)
 
     x, rest, join = partition((given, phi_closure, run_closure))
@@ -286,7 +288,10 @@ def _implicit(
         back = estimator.bwd(phi_packed(rest, w_rest), residuals, w_bar, solve)
         return None, guard_lower(info, back.args_bar), None
 
-    if estimator.mode == "reverse":
+    # JAX runs the `bwd` of a `custom_vjp` outside a `vmap` within which it differentiates, where the
+    # name of its axis is not bound any more. The transpose of a `custom_jvp` does not need the name.
+    in_batch = any(hasattr(effect, "name") for effect in closed.effects) and not within_shard_map()
+    if estimator.mode == "reverse" and not in_batch:
         apply = jax.custom_vjp(lambda *operands: fwd(*operands)[0])
         apply.defvjp(fwd, bwd)
     else:
