@@ -5,6 +5,7 @@
 
 # A wrong function has the signature of the right one, and need not use all of it.
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -42,6 +43,10 @@ AID = fg.aid(fg.cg(num_steps=3))
 
 def phi(w: Any, lam: Any) -> Any:
     return 0.5 * w + lam
+
+
+def _scaled(w: Any, lam: Any, scale: Any = 1.0) -> Any:
+    return 0.5 * w + scale * lam
 
 
 def loss(w: Any, lam: Any) -> jax.Array:
@@ -204,6 +209,43 @@ BAD_INPUTS = (
         lambda: _solved(lambda w0, lam: w0, phi=lambda w, lam: w[:2], estimator=fg.itd()),
         TypeError,
         ("`phi(w, ...)`: float64[2]", "`w` (the solver's result): float64[3]", "agree"),
+    ),
+    # Names and defaults.
+    BadInput(
+        "a solver with the arguments in another order",
+        lambda: fg.fixed_point(_scaled, AID)(lambda w0, scale, lam: w0),
+        TypeError,
+        (
+            "the solver has (w0, scale, lam)",
+            "`phi` has (w, lam, scale)",
+            "give both the same order",
+        ),
+    ),
+    BadInput(
+        "a solver with an argument in the place of another",
+        lambda: fg.fixed_point(_scaled, AID)(lambda w0, scale: w0)(W, 3.0),
+        TypeError,
+        ("the solver has (w0, scale)", "`phi` has (w, lam, scale)", "give both the same order"),
+    ),
+    BadInput(
+        "a solver with another default",
+        lambda: fg.fixed_point(_scaled, AID)(lambda w0, lam, scale=3.0: w0)(W, LAM),
+        TypeError,
+        ("parameter `scale`", "default 3.0", "solver and 1.0 of type `float` in `phi`", "give it"),
+    ),
+    BadInput(
+        "a solver with another array for a default",
+        lambda: fg.fixed_point(functools.partial(_scaled, scale=LAM), AID)(
+            functools.partial(_scaled, scale=2 * LAM)
+        )(W, LAM),
+        TypeError,
+        ("parameter `scale`", "default array([2., 2., 2.])", "array([1., 1., 1.])", "give it"),
+    ),
+    BadInput(
+        "a checked solver with another default",
+        lambda: fg.checked(lambda w0, lam, *, scale=3.0: w0, _scaled)(W, LAM),
+        TypeError,
+        ("`checked`: the parameter `scale`", "make the defaults equal"),
     ),
     # What the solver returns.
     BadInput(

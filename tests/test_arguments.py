@@ -230,3 +230,57 @@ def test_a_complex_gradient_step_agrees_with_unrolled_differentiation(row: Linea
     want = gradient(fg.itd())
     error = np.linalg.norm(gradient(fg.aid(row.solver)) - want) / np.linalg.norm(want)
     assert error <= max(row.accuracy, 1e-12)
+
+
+def _scaled(w: Any, lam: Any, scale: Any = 1.0, *, rest: Any = None) -> Any:
+    del rest
+    return 0.5 * w + scale * lam
+
+
+@pytest.mark.parametrize(
+    ("solver", "call"),
+    [
+        (lambda w0, theta, size=3.0: 0 * w0 + 2 * size * theta, lambda solve: solve(0.0, 1.0, 3.0)),
+        (lambda w0, lam, scale=3.0: 0 * w0 + 2 * scale * lam, lambda solve: solve(0.0, 1.0, 3.0)),
+        (lambda w0, *, scale=9.0, lam: 2 * scale * lam, lambda s: s(0.0, scale=3.0, lam=1.0)),
+        (lambda w0, *args, rest=None: 6 * args[0], lambda solve: solve(0.0, 1.0, 3.0)),
+    ],
+    ids=["other-names", "default-not-used", "keywords", "variadic"],
+)
+def test_names_and_defaults_that_make_no_difference_are_accepted(solver: Any, call: Any) -> None:
+    solve = fg.fixed_point(_scaled, fg.aid(fg.dense()))(solver)
+    assert call(solve) == 6.0
+    assert jax.grad(lambda scale: call(lambda *a, **k: scale * solve(*a, **k)))(1.0) == 6.0
+
+
+def _overwriting(w: dict, lam: dict) -> dict:
+    w["a"] = 0.9 * w["a"] + lam["a"]
+    lam["a"] = None
+    return w
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda phi: fg.picard(phi, max_steps=900, rtol=1e-12),
+        lambda phi: fg.picard(phi, num_steps=400),
+        lambda phi: fg.anderson(phi, max_steps=20, rtol=1e-12),
+        lambda phi: fg.picard(fg.damped(phi, damping=0.5), max_steps=900, rtol=1e-12),
+    ],
+    ids=["picard", "exact", "anderson", "damped"],
+)
+def test_a_map_that_overwrites_its_arguments_is_the_map_that_does_not(make: Any) -> None:
+    solver, w0 = make(_overwriting), {"a": jnp.zeros(())}
+
+    def pure(w: dict, lam: dict) -> dict:
+        return {"a": 0.9 * w["a"] + lam["a"]}
+
+    _, info = solver.with_info(w0, {"a": jnp.ones(())})
+    _, want = make(pure).with_info(w0, {"a": jnp.ones(())})
+    assert jax.tree.map(float, info) == jax.tree.map(float, want)
+    checked = fg.checked(solver, _overwriting, rtol=1e-9)
+    assert not bool(fg.checked(lambda w0, lam: w0, _overwriting).with_info(w0, {"a": 1.0})[1][2])
+    solve = fg.fixed_point(_overwriting, fg.aid(fg.dense()))(checked)
+    np.testing.assert_allclose(
+        jax.grad(lambda lam: solve(w0, {"a": lam})["a"] ** 2)(1.0), 200.0, rtol=1e-9
+    )

@@ -667,3 +667,85 @@ def test_a_tolerance_that_depends_on_lam_is_constant_for_derivatives(estimator):
 
 def _cosine(w, lam):
     return 0.5 * jnp.cos(w) + lam
+
+
+# A solver that is decorated already.
+
+
+def _slow(w, lam):
+    return 0.99 * w + lam
+
+
+_IMPLICIT = fg.aid(fg.dense())
+_MISSED = fg.fixed_point(_slow, _IMPLICIT)(fg.picard(_slow, max_steps=5, rtol=1e-8))
+_REACHED = fg.fixed_point(_slow, _IMPLICIT)(fg.anderson(_slow, max_steps=9, rtol=1e-8))
+
+
+def _decorated_again(solver, **settings):
+    solve = fg.fixed_point(_slow, _IMPLICIT, **settings)(solver)
+    value = (lambda w: w[0]) if settings else (lambda w: w)
+    return jax.grad(lambda lam: value(solve(jnp.zeros(()), lam)) ** 2)(1.0)
+
+
+def _in_the_explicit_form(solver):
+    hypergrad = fg.hypergradient(lambda w, lam: w**2 + 0 * lam, _slow, solver, _IMPLICIT)
+    return hypergrad.update(hypergrad.init(jnp.zeros(()), 1.0), 1.0)[0]
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        _decorated_again,
+        lambda solver: _decorated_again(jax.jit(solver)),
+        lambda solver: _decorated_again(solver.with_info, has_aux=True),
+        _in_the_explicit_form,
+    ],
+    ids=["decorated", "jitted", "with_info as aux", "explicit"],
+)
+def test_a_decorated_solver_that_failed_says_so_to_what_is_around_it(gradient):
+    assert jnp.isnan(gradient(_MISSED))
+    assert float(gradient(_REACHED)) == pytest.approx(20_000.0, rel=1e-6)
+
+
+def test_a_decorated_solver_has_the_info_of_its_solver_detached():
+    w, info = _MISSED.with_info(jnp.zeros(()), 1.0)
+    assert (int(info.num_steps), int(info.status)) == (5, fg.Status.MAX_STEPS)
+    assert float(w) == float(_MISSED(jnp.zeros(()), 1.0))
+    assert jax.grad(lambda lam: _REACHED.with_info(jnp.zeros(()), lam)[1].residual)(1.0) == 0.0
+    silent = fg.fixed_point(_slow, _IMPLICIT, has_aux=True)(lambda w0, lam: (100.0 * lam, w0))
+    assert silent.with_info(0.0, 1.0) == ((100.0, 0.0), None)
+
+
+def test_a_transformation_of_a_solver_is_not_passed_over_for_its_info():
+    def phi(w, lam):
+        return lam + 0.5 * w / (1 + jnp.sum(jnp.abs(w)))
+
+    each = jax.vmap(fg.picard(phi, num_steps=50))
+    lam = jnp.arange(3.0)
+    solve = fg.fixed_point(lambda w, lam: jax.vmap(phi)(w, lam), _IMPLICIT)(each)
+    assert_close(solve(jnp.zeros(3), lam), each(jnp.zeros(3), lam), EPS)
+
+
+# Collectives over the axis of a `vmap`.
+
+
+@pytest.mark.parametrize("mode", [jax.grad, jax.hessian], ids=["grad", "hessian"])
+@pytest.mark.parametrize(
+    "estimator",
+    [fg.aid(fg.fp(num_steps=80)), fg.truncated_itd(num_steps=60), FORWARD, fg.itd()],
+    ids=["aid", "truncated", "forward", "itd"],
+)
+def test_derivative_of_a_vmap_whose_axis_the_map_averages_over(estimator, mode):
+    def phi(w, lam):  # On all of them: w = w/2 + λ + mean(w)/10, hence mean(w) = 2.5 mean(λ).
+        return 0.5 * w + lam + 0.1 * lax.pmean(w, "batch")
+
+    solve = fg.fixed_point(phi, estimator)(fg.picard(phi, num_steps=60))
+
+    def f(lam):
+        return jnp.sum(jax.vmap(lambda lam: solve(0.0, lam), axis_name="batch")(lam) ** 3)
+
+    def closed(lam):
+        return jnp.sum((2 * lam + 0.2 * 2.5 * jnp.mean(lam)) ** 3)
+
+    lam = jnp.arange(3.0)
+    assert_close(mode(f)(lam), mode(closed)(lam), CLOSE)

@@ -27,6 +27,7 @@ from .packing import (
     zero_tangent,
 )
 from .replication import casts, hoisted, varying_axes, within_shard_map
+from .signatures import same_arguments
 from .types import (
     Estimator,
     LinearSolver,
@@ -67,13 +68,17 @@ def fixed_point(
 
     - All arguments after `w0`, positional or by keyword, go to Φ as they go to the solver, and are
       differentiated: any pytrees. Integers, booleans, PRNG keys and `None` ride along without a
-      gradient; leaves that are not arrays (functions, strings) are static.
+      gradient; leaves that are not arrays (functions, strings) are static. Φ and the solver may
+      name them differently; where both give one name to another place or to another default, the
+      call is refused.
     - What Φ closes over is differentiated like an argument.
     - `aid` and `truncated_itd` never differentiate the solver: a `while_loop`, a host callback or a
       call of another library will do. The gradient with respect to `w0` is then zero by construction.
     - The decorated solver is compiled once for given shapes. So jit's rule for closures holds: what Φ
       and the solver close over is fixed, or traced by the transformation in which the decorated
       solver is made. Python that needs concrete values goes through `from_host`.
+    - Within a `vmap` with an `axis_name` Φ may hold collectives over that axis. The rule is then that
+      of `forward(estimator)`.
     - On several devices, arrays that are sharded stay so, and so do their gradients. Within a
       `shard_map` Φ may hold collectives; w is then replicated along their axes. Where every device has
       a problem of its own, start it at `jnp.zeros_like(lam)`, so that w varies as λ does.
@@ -84,7 +89,10 @@ def fixed_point(
       explicitly is kept.
 
     Assumed, not checked: that Φ has the fixed point which the solver approaches. Use `checked` or a
-    tolerance in `picard` to have that checked.
+    tolerance in `picard` to have that checked. Nor that Φ is a pure function: what it draws from
+    NumPy's or Python's random generators is drawn once, while it is traced, and is a constant of the
+    compiled program ever after (pass a key of `jax.random` as an argument); NumPy on a traced w is
+    an error of JAX.
 
     Cost: the solver's; for derivatives the estimator's. Memory: w and the arguments are kept for the
     backward pass, nothing else (`itd`: all iterates).
@@ -98,18 +106,23 @@ def fixed_point(
         phi: `phi(w, *args, **kwargs) -> w`.
         estimator: `itd()`, `truncated_itd(...)`, `aid(...)`, `forward(...)`.
         has_aux: The solver returns `(w, aux)`; so does the decorated solver, with `aux` detached: its
-            derivative is zero by construction.
+            derivative is zero by construction. An `aux` that is a `SolveInfo` is the solver's verdict
+            on itself too.
         on_failure: What becomes of derivatives when the solve behind them failed, that is missed its
             tolerance or broke down: "nan" (each element of a batch by itself), "warn", "raise", or
             "ignore". Exact `num_steps` never fail for lack of accuracy. "warn" and "raise" call
             back to the host.
 
     Returns:
-        A decorator of solvers `solver(w0, *args, **kwargs) -> w`.
+        A decorator of solvers `solver(w0, *args, **kwargs) -> w`. The decorated solver has a
+        `with_info(w0, *args, **kwargs) -> (w, info)`, with `has_aux` `((w, aux), info)`: what the
+        solver says of itself, detached; `None` where it says nothing.
 
     Raises:
         TypeError: `phi` or the solver is not callable, `estimator` is not an `Estimator`, `has_aux`
-            not a bool; when called, Φ(w) differs from w in structure, shapes or dtypes.
+            not a bool; Φ and the solver name their parameters in another order; when called, a
+            parameter that is not given has another default in Φ than in the solver, or Φ(w) differs
+            from w in structure, shapes or dtypes.
         ValueError: `on_failure` is none of the four.
 
     >>> import fixedgrad as fg
@@ -132,22 +145,30 @@ def fixed_point(
 
     def decorate(solver: Solver) -> Callable[..., PyTree]:
         check_callable("fixed_point", "solver", solver, "solver(w0, *args) -> w")
+        check = same_arguments("fixed_point", phi, solver)
         run = _unrolled if estimator.mode == "unroll" else _implicit
 
-        def call(layout: Layout, arrays: list[jax.Array]) -> PyTree:
+        def call(informed: bool, layout: Layout, arrays: list[jax.Array]) -> PyTree:
             w0, args, kwargs = layout.join(arrays)
-            w, aux = run(phi, solver, estimator, has_aux, on_failure, w0, args, kwargs)
-            return (w, jax.lax.stop_gradient(aux)) if has_aux else w
+            w, aux, info = run(phi, solver, estimator, has_aux, on_failure, w0, args, kwargs)
+            out = (w, jax.lax.stop_gradient(aux)) if has_aux else w
+            return (out, jax.lax.stop_gradient(info)) if informed else out
 
         # A traced tolerance ties the rule to its trace: a jit of our own inside could not hold it.
-        compiled = call if estimator.traced else jax.jit(call, static_argnums=0)
+        compiled = call if estimator.traced else jax.jit(call, static_argnums=(0, 1))
 
-        # Not its attributes: a `with_info` of the solver would go around the rule.
-        @functools.wraps(solver, updated=())
-        def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
-            check_arrays("fixed_point", "w0", w0)
-            return compiled(*split_static((w0, args, kwargs)))
+        def entry(informed: bool) -> Callable[..., PyTree]:
+            def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+                check(args, kwargs)
+                check_arrays("fixed_point", "w0", w0)
+                return compiled(informed, *split_static((w0, args, kwargs)))
 
+            # Not its attributes: a `with_info` of the solver would go around the rule.
+            return functools.wraps(solver, updated=())(solve)
+
+        solve = entry(informed=False)
+        # Without it a decorated solver inside another would hide that it failed.
+        solve.with_info = entry(informed=True)  # pyright: ignore[reportFunctionMemberAccess]
         return solve
 
     return decorate
@@ -162,13 +183,13 @@ def _unrolled(
     w0: PyTree,
     args: PyTree,
     kwargs: PyTree,
-) -> tuple[PyTree, PyTree]:
+) -> tuple[PyTree, PyTree, SolveInfo | None]:
     """JAX differentiates the solver's own iterations; only a failure needs a rule."""
     del estimator
     w, aux, info = _run(solver, has_aux, w0, args, kwargs)
     check_phi("fixed_point", phi, w, SOLVED, args, kwargs)
     if info is None:
-        return w, aux
+        return w, aux, None
 
     @jax.custom_jvp
     def guarded(w: PyTree, info: SolveInfo) -> PyTree:
@@ -180,7 +201,7 @@ def _unrolled(
         (w, info), (w_dot, _) = primals, tangents
         return guarded(w, info), enforce(on_failure, "lower-level solve", info, w_dot)
 
-    return guarded(w, jax.lax.stop_gradient(info)), aux
+    return guarded(w, jax.lax.stop_gradient(info)), aux, info
 
 
 def _implicit(
@@ -192,7 +213,7 @@ def _implicit(
     w0: PyTree,
     args: PyTree,
     kwargs: PyTree,
-) -> tuple[PyTree, PyTree]:
+) -> tuple[PyTree, PyTree, SolveInfo | None]:
     """The estimator's rule, on functions that depend on nothing but their arguments.
 
     The rule is installed on `apply(w0, x, rest)`: `x` are the inexact leaves of the arguments and of
@@ -216,7 +237,7 @@ def _implicit(
     w_like = jax.eval_shape(lambda: run(w0, *given, *run_closure)[0])
     with jax.default_matmul_precision("highest"):
         image, phi_closure = closure_converted(phi_given, w_like, *given)
-    got = jax.eval_shape(image, w_like, *given, *phi_closure)
+    closed, got = jax.make_jaxpr(image, return_shape=True)(w_like, *given, *phi_closure)
     check_same("fixed_point", got, w_like, "`phi(w, ...)`", SOLVED)
 
     x, rest, join = partition((given, phi_closure, run_closure))
@@ -267,7 +288,10 @@ def _implicit(
         back = estimator.bwd(phi_packed(rest, w_rest), residuals, w_bar, solve)
         return None, guard_lower(info, back.args_bar), None
 
-    if estimator.mode == "reverse":
+    # JAX runs the `bwd` of a `custom_vjp` outside a `vmap` within which it differentiates, where the
+    # name of its axis is not bound any more. The transpose of a `custom_jvp` does not need the name.
+    in_batch = any(hasattr(effect, "name") for effect in closed.effects) and not within_shard_map()
+    if estimator.mode == "reverse" and not in_batch:
         apply = jax.custom_vjp(lambda *operands: fwd(*operands)[0])
         apply.defvjp(fwd, bwd)
     else:
@@ -278,8 +302,8 @@ def _implicit(
             _, w, extra, out_dot = tangent(primals, tangents)
             return (w, extra), out_dot
 
-    w_x, (w_rest, aux, _) = apply(w0, x, rest)
-    return join_w(w_x, w_rest), aux
+    w_x, (w_rest, aux, info) = apply(w0, x, rest)
+    return join_w(w_x, w_rest), aux, info
 
 
 def _run(
@@ -296,6 +320,8 @@ def _run(
     w, aux = out if has_aux else (out, ())
     check_arrays("fixed_point", "w", w)
     check_arrays("fixed_point", "aux", aux)
+    if info is None and isinstance(aux, SolveInfo):  # As `with_info` of `picard` has it.
+        info = aux
     return jax.tree.map(jnp.asarray, w), aux, info
 
 

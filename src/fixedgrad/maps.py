@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from .packing import fresh
 from .realify import steepest_ascent
 from .types import Phi, PyTree, Scalar, check_callable, check_number, check_scalar, shapes_of
 
@@ -265,6 +266,7 @@ def damped(phi: Phi, *, damping: Scalar) -> Phi:
         Krasnosel'skii, Two remarks on the method of successive approximations, 1955.
     """
     check_callable("damped", "phi", phi, "phi(w, *args) -> w")
+    phi = fresh(phi)
     check_number("damped", "damping", damping, lambda x: 0 <= x < 1, "a number in [0, 1)")
 
     def damped_phi(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:

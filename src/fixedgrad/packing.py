@@ -82,6 +82,22 @@ def check_concrete(where: str, tree: PyTree) -> None:
             )
 
 
+def fresh(phi: Phi) -> Phi:
+    """Φ that may change its arguments in place: it gets containers and NumPy arrays of its own.
+
+    A residual Φ(w) − w of a w that Φ itself has overwritten would be 0.
+    """
+
+    def own(leaf: Any) -> Any:
+        return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+    def with_own(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        w, args, kwargs = jax.tree.map(own, (w, args, kwargs))
+        return phi(w, *args, **kwargs)
+
+    return with_own
+
+
 def check_phi(where: str, phi: Phi, w: PyTree, name: str, args: PyTree, kwargs: PyTree) -> None:
     """Raises `TypeError` unless Φ(w) is like w; what Φ raises gets a note of what it was given."""
     with phi_hint(where, w, args, kwargs):

@@ -13,6 +13,7 @@ from ..failure import check_on_failure
 from ..iteration import verdict
 from ..packing import SOLVED, check_arrays, split_static, strongly_typed
 from ..realify import steepest_ascent
+from ..signatures import same_arguments
 from ..types import (
     OnFailure,
     Phi,
@@ -66,7 +67,8 @@ def checked(
         A solver with `with_info`; `info.num_steps` is 0, since nobody knows it.
 
     Raises:
-        TypeError: `solver` or `phi` is not callable; when called, Φ(w) does not look like w.
+        TypeError: `solver` or `phi` is not callable, or the two name their parameters in another
+            order or with other defaults; when called, Φ(w) does not look like w.
         ValueError: `rtol` is not in [0, 1), `atol` is negative or not finite, or `on_failure` is
             none of the four.
 
@@ -79,8 +81,10 @@ def checked(
     check_callable("checked", "phi", phi, "phi(w, *args) -> w")
     check_on_failure("checked", on_failure)
     stop = stopping("checked", None, 1, rtol, atol)
+    check = same_arguments("checked", phi, solver)
 
     def with_info(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
+        check(args, kwargs)
         w = solver(w0, *args, **kwargs)
         lower = lower_level("checked", phi, w, args, kwargs, SOLVED)
         measured = lower.measured(stop, lower.w0, lower.phi(lower.w0), nudged=True)

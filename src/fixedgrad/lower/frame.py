@@ -10,7 +10,7 @@ import optax
 
 from ..failure import enforce
 from ..iteration import Measured, joint_tolerance
-from ..packing import check_arrays, is_inexact, phi_hint, strongly_typed
+from ..packing import check_arrays, fresh, is_inexact, phi_hint, strongly_typed
 from ..realify import Space, norm, random_rounding, realified, resolution, whole
 from ..types import (
     OnFailure,
@@ -51,7 +51,9 @@ def solve_with_info(
 ) -> tuple[PyTree, SolveInfo | None]:
     """(w, info) of any solver; `None` for one that does not say whether it succeeded."""
     with_info = getattr(solver, "with_info", None)
-    if with_info is not None:
+    # `jax.vmap` and its like copy attributes: the copy is that of the solver before the `vmap`.
+    copied = with_info is getattr(getattr(solver, "__wrapped__", None), "with_info", None)
+    if with_info is not None and (isinstance(solver, jax.stages.Wrapped) or not copied):
         return with_info(w0, *args, **kwargs)
     return solver(w0, *args, **kwargs), None
 
@@ -60,7 +62,7 @@ def fixed_point_info(
     phi: Phi, num_steps: Scalar, w: PyTree, *args: PyTree, **kwargs: PyTree
 ) -> SolveInfo:
     """The info of a solve without a tolerance: its true residual, and whether w is finite."""
-    residual = distance(phi(w, *args, **kwargs), w)
+    residual = distance(fresh(phi)(w, *args, **kwargs), w)
     status = status_where(jnp.isfinite(norm(w)), Status.FIXED_STEPS, Status.NON_FINITE)
     return solve_info(num_steps, residual, status)
 
@@ -131,7 +133,7 @@ def lower_level(
     w0 = strongly_typed(w0)
 
     def at(w: PyTree) -> PyTree:
-        return phi(w, *args, **kwargs)
+        return fresh(phi)(w, *args, **kwargs)
 
     with phi_hint(where, w0, args, kwargs):
         closed, image = jax.make_jaxpr(at, return_shape=True)(w0)
