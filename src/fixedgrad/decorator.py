@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .estimators import check_estimator, run_linear_solver
-from .failure import check_on_failure, enforce
-from .lower import solve_with_info
+from .failure import check_on_failure, enforce, enforce_value
+from .lower import held_to_phi, solve_with_info
 from .packing import (
     SOLVED,
     Layout,
@@ -44,6 +44,7 @@ from .types import (
     show,
 )
 
+_BACKWARD = "linear solve of the derivative"
 _NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -88,14 +89,15 @@ def fixed_point(
       default of some accelerators stalls linear solvers near 1e-3. A `precision` that Φ gives
       explicitly is kept.
 
-    Assumed, not checked: that Φ has the fixed point which the solver approaches. Use `checked` or a
-    tolerance in `picard` to have that checked. Nor that Φ is a pure function: what it draws from
+    Assumed, not checked: that Φ has the fixed point which the solver approaches; a w that Φ moves by
+    as much as w itself is seen (`NOT_FIXED`). Use `checked` or a tolerance in `picard` to have more
+    checked. Nor that Φ is a pure function: what it draws from
     NumPy's or Python's random generators is drawn once, while it is traced, and is a constant of the
     compiled program ever after (pass a key of `jax.random` as an argument); NumPy on a traced w is
     an error of JAX.
 
-    Cost: the solver's; for derivatives the estimator's. Memory: w and the arguments are kept for the
-    backward pass, nothing else (`itd`: all iterates).
+    Cost: the solver's, and one Φ where that has no tolerance; for derivatives the estimator's.
+    Memory: w and the arguments are kept for the backward pass, nothing else (`itd`: all iterates).
     When not to use it: where the value of f, warm starts or the info of the solves are wanted
     beside the gradient (`hypergradient`); for a cheap loop of a few steps that JAX may as well
     differentiate.
@@ -108,10 +110,12 @@ def fixed_point(
         has_aux: The solver returns `(w, aux)`; so does the decorated solver, with `aux` detached: its
             derivative is zero by construction. An `aux` that is a `SolveInfo` is the solver's verdict
             on itself too.
-        on_failure: What becomes of derivatives when the solve behind them failed, that is missed its
-            tolerance or broke down: "nan" (each element of a batch by itself), "warn", "raise", or
-            "ignore". Exact `num_steps` never fail for lack of accuracy. "warn" and "raise" call
-            back to the host.
+        on_failure: What becomes of w and of its derivatives when a solve behind them failed, that is
+            missed its tolerance or broke down (`Status`): "nan" (each element of a batch by itself),
+            "zero", "warn", "raise" or "ignore". Exact `num_steps` fail where they have led nowhere, not
+            for lack of accuracy. Under "zero" the derivatives of a failed element are zero and its w
+            stays as it is, so that one element of a batch does not ruin what all share. "warn" and
+            "raise" call back to the host.
 
     Returns:
         A decorator of solvers `solver(w0, *args, **kwargs) -> w`. The decorated solver has a
@@ -151,8 +155,11 @@ def fixed_point(
         def call(informed: bool, layout: Layout, arrays: list[jax.Array]) -> PyTree:
             w0, args, kwargs = layout.join(arrays)
             w, aux, info = run(phi, solver, estimator, has_aux, on_failure, w0, args, kwargs)
-            out = (w, jax.lax.stop_gradient(aux)) if has_aux else w
-            return (out, jax.lax.stop_gradient(info)) if informed else out
+            aux, info = lax.stop_gradient((aux, info))
+            if not informed:  # Who gets the info decides by it.
+                w = enforce_value(on_failure, "lower-level solve", info, w)
+            out = (w, aux) if has_aux else w
+            return (out, info) if informed else out
 
         # A traced tolerance ties the rule to its trace: a jit of our own inside could not hold it.
         compiled = call if estimator.traced else jax.jit(call, static_argnums=(0, 1))
@@ -169,6 +176,7 @@ def fixed_point(
         solve = entry(informed=False)
         # Without it a decorated solver inside another would hide that it failed.
         solve.with_info = entry(informed=True)  # pyright: ignore[reportFunctionMemberAccess]
+        solve.has_tolerance = getattr(solver, "has_tolerance", False)  # pyright: ignore
         return solve
 
     return decorate
@@ -184,24 +192,11 @@ def _unrolled(
     args: PyTree,
     kwargs: PyTree,
 ) -> tuple[PyTree, PyTree, SolveInfo | None]:
-    """JAX differentiates the solver's own iterations; only a failure needs a rule."""
-    del estimator
+    """JAX differentiates the solver's own iterations: there is no rule."""
+    del estimator, on_failure
     w, aux, info = _run(solver, has_aux, w0, args, kwargs)
     check_phi("fixed_point", phi, w, SOLVED, args, kwargs)
-    if info is None:
-        return w, aux, None
-
-    @jax.custom_jvp
-    def guarded(w: PyTree, info: SolveInfo) -> PyTree:
-        del info
-        return w
-
-    @guarded.defjvp
-    def guarded_jvp(primals: Any, tangents: Any) -> Any:
-        (w, info), (w_dot, _) = primals, tangents
-        return guarded(w, info), enforce(on_failure, "lower-level solve", info, w_dot)
-
-    return guarded(w, jax.lax.stop_gradient(info)), aux, info
+    return w, aux, info
 
 
 def _implicit(
@@ -247,6 +242,8 @@ def _implicit(
         given, _, closure = join(x, rest)
         w, aux, info = run(w0, *given, *closure)
         w_x, w_rest, _ = partition(w)
+        if not getattr(solver, "has_tolerance", False):
+            info = held_to_phi(lambda w_x: phi_packed(rest, w_rest)(w_x, x), w0, w_x, info)
         return w_x, (w_rest, aux, info)
 
     def phi_packed(rest: PyTree, w_rest: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
@@ -256,7 +253,6 @@ def _implicit(
 
         return packed
 
-    guard_lower = functools.partial(enforce, on_failure, "lower-level solve")
     solve = functools.partial(_implicit_solve, on_failure)
 
     @jax.custom_jvp
@@ -269,8 +265,7 @@ def _implicit(
         primals, tangents = (w0, x), (zero_tangent(w0), x_dot)
         phi = phi_packed(rest, extra[0])
         out = estimator.jvp(phi, lambda *_: solved, primals, tangents, solve)
-        w_dot = guard_lower(extra[2], out.w_dot)
-        return w_t, out.w, extra, (w_dot, zero_tangent(extra))
+        return w_t, out.w, extra, (out.w_dot, zero_tangent(extra))
 
     @implicit.defjvp
     def implicit_jvp(primals: Any, tangents: Any) -> Any:
@@ -281,12 +276,12 @@ def _implicit(
         _, extra = solved = implicit(w0, x, rest)
         phi = phi_packed(rest, extra[0])
         w, extra, residuals = estimator.fwd(phi, lambda *_: solved, w0, x)
-        return (w, extra), (residuals, rest, extra[0], extra[2])
+        return (w, extra), (residuals, rest, extra[0])
 
     def bwd(kept: Any, bars: Any) -> Any:
-        (residuals, rest, w_rest, info), (w_bar, _) = kept, bars
+        (residuals, rest, w_rest), (w_bar, _) = kept, bars
         back = estimator.bwd(phi_packed(rest, w_rest), residuals, w_bar, solve)
-        return None, guard_lower(info, back.args_bar), None
+        return None, enforce(on_failure, _BACKWARD, back.info, back.args_bar), None
 
     # JAX runs the `bwd` of a `custom_vjp` outside a `vmap` within which it differentiates, where the
     # name of its axis is not bound any more. The transpose of a `custom_jvp` does not need the name.
@@ -339,7 +334,7 @@ def _implicit_solve(
         def solve(rhs: PyTree) -> PyTree:
             # M, not the I − M that `custom_linear_solve` offers: x − (x − M x) would lose digits.
             x, info = run_linear_solver(linear_solver, matvec, rhs)
-            return enforce(on_failure, "linear solve of the derivative", info, x)
+            return enforce(on_failure, _BACKWARD, info, x)
 
         return solve
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .realify import Space
 from .types import (
     Backward,
     Estimator,
@@ -22,11 +23,14 @@ from .types import (
     PyTree,
     Solve,
     SolveInfo,
+    Status,
     check_callable,
     check_count,
     check_same,
     hint,
     show,
+    solve_info,
+    status_where,
 )
 
 PackedPhi = Callable[[PyTree, PyTree], PyTree]
@@ -138,10 +142,16 @@ def truncated_itd(*, num_steps: int) -> Estimator:
         return iterate(phi, w, args), extra, (w, args)
 
     def bwd(phi: PackedPhi, residuals: PyTree, w_bar: PyTree, solve: Solve) -> Backward:
+        # The cotangent of u₀ is (Jᵀ)ᵏ w̄, the residual of these k steps as steps of FP.
         del solve
         w, args = residuals
-        _, vjp = jax.vjp(lambda a: iterate(phi, w, a), args)
-        return Backward(None, vjp(w_bar)[0], None, None)
+        _, vjp = jax.vjp(lambda w, a: iterate(phi, w, a), w, args)
+        left, args_bar = vjp(w_bar)
+        space = Space.of_map(lambda w: phi(w, args), w)
+        residual = space.size(left)
+        idle = residual >= space.size(w_bar)
+        status = status_where(idle & (residual > 0), Status.NO_PROGRESS, Status.FIXED_STEPS)
+        return Backward(None, args_bar, None, solve_info(num_steps, residual, status))
 
     def jvp(
         phi: PackedPhi, solver: PackedSolver, primals: Any, tangents: Any, solve: Solve

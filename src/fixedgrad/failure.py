@@ -1,8 +1,8 @@
 """What becomes of a result whose solve failed: one policy for every stage, under every transform.
 
-"nan" (the default), "zero" and "ignore" are a product, a selection and nothing; "warn" and "raise" call
-back to the host while the program runs. So a program that obeys one of the last two cannot be exported by
-`jax.export`, which exports no host callback, and needs a device that has them.
+"nan" (the default), "zero" and "ignore" are a product, a selection and nothing; "warn" and "raise"
+call back to the host while the program runs. So a program that obeys one of the last two cannot be
+exported by `jax.export`, which exports no host callback, and needs a device that has them.
 """
 
 import warnings

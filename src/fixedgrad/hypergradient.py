@@ -10,7 +10,7 @@ import optax
 
 from .estimators import check_estimator, run_linear_solver
 from .failure import check_on_failure, enforce
-from .lower import fixed_point_info, solve_with_info
+from .lower import fixed_point_info, held_to_phi, solve_with_info
 from .packing import (
     SOLVED,
     blank,
@@ -237,6 +237,9 @@ def hypergradient(
         w = join_w(w_x, w_rest)
         if lower is None:
             lower = fixed_point_info(phi, 0, w, lam, *args, **kwargs)
+        if not (unrolled or getattr(solver, "has_tolerance", False)):
+            start_x = partition(w0)[0]
+            lower = held_to_phi(lambda w_x: packed_phi(w_x, x), start_x, w_x, lower)
 
         def packed_outer(w_x: PyTree, x: PyTree) -> jax.Array:
             value = outer(join_w(w_x, w_rest), join_lam(x), *args, **kwargs)

@@ -74,6 +74,15 @@ class Space(NamedTuple):
         """That of `tree`, for an iteration or a linear system whose map has this jaxpr."""
         return cls(coupled_axes(jaxpr, jax.tree.leaves(tree)))
 
+    @classmethod
+    def of_map(cls, phi: Callable[[PyTree], PyTree], w: PyTree) -> "Space":
+        """That of w, for an iteration of Φ."""
+        return cls.of(jax.make_jaxpr(phi)(w).jaxpr, w)
+
+    def size(self, tree: PyTree) -> jax.Array:
+        """The norm of a pytree of inexact leaves like w. A constant."""
+        return whole(self.sizes(realified(tree)[0](tree)))
+
     @property
     def together(self) -> tuple[str, ...]:
         """All mapped axes over which any leaf is spread."""

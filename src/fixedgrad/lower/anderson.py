@@ -148,7 +148,7 @@ def anderson(
         s = lax.while_loop(unfinished, step, s)
         return from_real(s.w), verdict(s.i, s.measured, start, s.progress)
 
-    return CheckedSolver(with_info, on_failure)
+    return CheckedSolver(with_info, on_failure, stop.num_steps is None)
 
 
 class _Anderson(NamedTuple):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..failure import enforce
+from ..failure import enforce_value
 from ..iteration import Measured, joint_tolerance
 from ..packing import check_arrays, fresh, is_inexact, phi_hint, strongly_typed
 from ..realify import Space, norm, random_rounding, realified, resolution, whole
@@ -36,14 +36,16 @@ class CheckedSolver:
     Attributes:
         with_info: `(w0, *args, **kwargs) -> (w, SolveInfo)`.
         on_failure: The policy of a direct call, which has nowhere to put the info.
+        has_tolerance: Whether the info says how near w is to a fixed point.
     """
 
     with_info: Callable[..., tuple[PyTree, SolveInfo]]
     on_failure: OnFailure
+    has_tolerance: bool
 
     def __call__(self, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         w, info = self.with_info(w0, *args, **kwargs)
-        return enforce(self.on_failure, "lower-level solve", info, w)
+        return enforce_value(self.on_failure, "lower-level solve", info, w)
 
 
 def solve_with_info(
@@ -76,9 +78,10 @@ def held_to_phi(
     as a fixed point of Φ. Where the solution is w = 0, Φ(w) need not be like any w ≠ 0: what w was at
     the start tells that such a w is next to nothing.
     """
-    image = phi(w)
-    residual, size = distance(image, w), jnp.maximum(norm(w), norm(image))
-    far = (residual > 0.9 * size) & (residual > resolution(w) ** 0.5 * norm(w0))
+    image, space = phi(w), Space.of_map(phi, w)
+    residual = space.size(optax.tree.sub(image, w))
+    size = jnp.maximum(space.size(w), space.size(image))
+    far = (residual > 0.9 * size) & (residual > resolution(w) ** 0.5 * space.size(w0))
     if info is None:
         info = solve_info(0, residual, Status.NOT_RUN)._replace(converged=jnp.asarray(True))
     silent = (info.status == int(Status.NOT_RUN)) | (info.status == int(Status.FIXED_STEPS))

@@ -70,4 +70,4 @@ def picard(
         w, _, info = iterate(lower.phi, lower.w0, image, measure, stop.max_steps)
         return w, info
 
-    return CheckedSolver(with_info, on_failure)
+    return CheckedSolver(with_info, on_failure, stop.num_steps is None)
