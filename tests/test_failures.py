@@ -104,7 +104,7 @@ def test_the_message_says_which_solve_why_residual_tolerance_steps_and_what_to_t
 def test_every_kind_of_failure_has_its_own_advice(status: fg.Status) -> None:
     text = describe("linear solve", solve_info(7, 0.125, status, 0.5))
     assert f"failed: {status.name} after 7 steps, residual 0.125 (tolerance 0.5); " in text
-    others = (describe("linear solve", solve_info(7, 0.125, s, 0.5)) for s in fg.Status if s > 4)
+    others = (describe("linear solve", solve_info(7, 0.125, s, 0.5)) for s in fg.Status if s > 3)
     advice = text.partition("; ")[2]
     assert len(advice) > 20
     assert sum(advice in other for other in others) == 1
@@ -133,7 +133,7 @@ CASES = (
     Case("met tolerance", _DIAGONAL, fg.cg(**_UNTIL), S.CONVERGED, fails=False),
     Case("exact steps", _DIAGONAL, fg.fp(num_steps=60), S.FIXED_STEPS, fails=False),
     Case("rounding floor", _DIAGONAL, fg.fp(max_steps=99), S.AT_FLOOR, fails=False),
-    Case("growth in exact steps", np.diag([-2, 0.5]), fg.fp(num_steps=9), S.GROWING, fails=False),
+    Case("growth in exact steps", np.diag([-2, 0.5]), fg.fp(num_steps=9), S.NO_PROGRESS),
     Case("few steps", _DIAGONAL, fg.fp(max_steps=3, rtol=1e-9), S.MAX_STEPS),
     Case("spectral radius above one", np.diag([-2, 0.5]), fg.fp(**_UNTIL), S.DIVERGED),
     Case("indefinite", np.diag([2, 0.5]), fg.cg(**_UNTIL), S.INDEFINITE),
@@ -165,7 +165,10 @@ def test_each_failure_has_its_code_readable_under_jit_and_vmap(case: Case) -> No
     batch = jnp.stack([jnp.ones(2), 2 * jnp.ones(2)])
     gradients, states = jax.jit(jax.vmap(hypergrad.update, (None, 0)))(state, batch)
     for i in range(2):
-        assert fg.Status(int(states.info.linear.status[i])) == case.linear
+        status, residual = (x[i] for x in (states.info.linear.status, states.info.linear.residual))
+        # On some processors rounding leaves no residual at all, which meets any tolerance.
+        exact = case.linear == S.AT_FLOOR and residual == 0
+        assert fg.Status(int(status)) == (S.CONVERGED if exact else case.linear)
         assert fg.Status(int(states.info.lower.status[i])) == case.lower
     assert bool(jnp.all(jnp.isnan(gradients))) == case.fails
     assert bool(jnp.all(jnp.isfinite(gradients))) != case.fails
@@ -173,11 +176,11 @@ def test_each_failure_has_its_code_readable_under_jit_and_vmap(case: Case) -> No
 
 def test_the_codes_keep_their_numbers() -> None:
     names = (
-        "NOT_RUN CONVERGED FIXED_STEPS AT_FLOOR GROWING MAX_STEPS DIVERGED INDEFINITE NOT_SYMMETRIC "
-        "SINGULAR NON_FINITE"
+        "NOT_RUN CONVERGED FIXED_STEPS AT_FLOOR NO_PROGRESS MAX_STEPS DIVERGED INDEFINITE NOT_SYMMETRIC "
+        "SINGULAR NON_FINITE NOT_FIXED"
     )
     assert [status.name for status in sorted(fg.Status)] == names.split()
-    assert [int(status) for status in sorted(fg.Status)] == list(range(11))
+    assert [int(status) for status in sorted(fg.Status)] == list(range(12))
 
 
 @pytest.mark.parametrize("estimator", [fg.itd(), fg.aid(fg.fp(num_steps=5))], ids=["itd", "aid"])
@@ -210,33 +213,3 @@ def test_nan_in_the_cotangent_is_reported_as_such() -> None:
     assert jnp.isnan(gradient)
     assert state.info.lower.converged
     assert fg.Status(int(state.info.linear.status)) == S.NON_FINITE
-
-
-@pytest.mark.parametrize(
-    ("linear_solver", "solves"),
-    [
-        (fg.fp(num_steps=60), True),
-        (fg.fp(max_steps=90, rtol=1e-9), True),
-        (fg.cg(**_UNTIL), False),
-        (fg.gmres(**_UNTIL), False),
-        (fg.dense(), False),
-    ],
-    ids=["fp", "fp-rtol", "cg", "gmres", "dense"],
-)
-def test_a_map_that_mixes_the_elements_of_a_batch_is_solved_or_refused(
-    linear_solver: fg.LinearSolver, solves: bool
-) -> None:
-    # Inner products are those of one element, so that no Krylov space is that of the whole system.
-    def mixing(w: jax.Array, lam: jax.Array) -> jax.Array:
-        return 0.4 * w + 0.2 * jax.lax.pmean(w, "batch") + lam
-
-    solve = fg.fixed_point(mixing, fg.aid(linear_solver))(fg.picard(mixing, num_steps=80))
-    lam = jnp.array([0.3, -2e-3, 0.1])
-    gradient = jax.vmap(jax.grad(lambda lam: solve(0.0, lam) ** 2), axis_name="batch")
-    a = 0.6 * np.eye(3) - 0.2 / 3
-    want = 2 * np.linalg.solve(a, np.linalg.solve(a, lam))
-    got = jax.jit(gradient)(lam)
-    if solves:
-        np.testing.assert_allclose(got, want, rtol=1e-8)
-    else:
-        assert jnp.all(jnp.isnan(got))

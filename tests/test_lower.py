@@ -103,7 +103,9 @@ def test_verdict_of_solvers(make, slope, settings, status):
         return slope * w + 0.001 * w**3 + lam
 
     w, info = make(phi, **settings).with_info(jnp.asarray(1.0), jnp.asarray(0.01))
-    assert Status(int(info.status)) == status
+    # On some processors rounding leaves no residual at all, which meets any tolerance.
+    exact = status == Status.AT_FLOOR and info.residual == 0
+    assert Status(int(info.status)) == (Status.CONVERGED if exact else status)
     assert bool(info.converged) == (status <= Status.AT_FLOOR)
     if status in (Status.CONVERGED, Status.AT_FLOOR):
         assert abs(float(phi(w, 0.01) - w)) < 1e-6

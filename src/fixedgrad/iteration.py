@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .realify import whole
-from .replication import varying_alike
+from .replication import steady
 from .types import PyTree, Scalar, SolveInfo, Status, solve_info, status_where
 
 _PATIENCE = 10  # Steps without a smaller residual before a small one counts as rounding, at least.
@@ -122,7 +122,7 @@ def iterate(
 
     start = measure(w0, image)
     carry = Iterated(jnp.int32(0), w0, image, start, first_progress(start))
-    c = lax.while_loop(unfinished, step, varying_alike(carry))
+    c = lax.while_loop(unfinished, *steady(step, carry))
     return c.w, c.image, verdict(c.num_steps, c.measured, start.norm, c.progress)
 
 

@@ -71,21 +71,44 @@ def coupled_axes(jaxpr: Any, leaves: list[Any]) -> tuple[tuple[str, ...], ...]:
 
 
 def total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The sum of x over mapped axes, with the type that x has."""
-    return _collected(lax.psum, x, axes)
+    """The sum of x over mapped axes."""
+    return lax.psum(x, axes) if axes else x
 
 
 def largest(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The maximum of x over mapped axes, with the type that x has."""
-    return _collected(lax.pmax, x, axes)
+    """The maximum of x over mapped axes."""
+    return lax.pmax(x, axes) if axes else x
 
 
-def _collected(collective: Callable, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    if not axes:
-        return x
-    varying = tuple(name for name in axes if name in _axes(x))
-    x = collective(x, axes)
-    return lax.pcast(x, varying, to="varying") if varying else x
+def steady(step: Callable[[Any], Any], carry: Any) -> tuple[Callable[[Any], Any], Any]:
+    """The step and the start of a loop, each leaf of the carry typed as varying where a step makes it so.
+
+    In a `shard_map` a loop must keep the types of what it carries, and most starts vary over nothing.
+    """
+    if not within_shard_map():
+        return step, carry
+    leaves, treedef = jax.tree.flatten(carry)
+    leaves = [jnp.asarray(x) for x in leaves]
+    while True:
+        after = jax.make_jaxpr(step)(treedef.unflatten(leaves)).out_avals
+        more = [a.manual_axis_type.varying - _axes(x) for a, x in zip(after, leaves, strict=True)]
+        if not any(more):
+            break
+        leaves = [_varying(x, axes) for x, axes in zip(leaves, more, strict=True)]
+    types = [_axes(x) for x in leaves]
+
+    def typed(carry: Any) -> Any:
+        leaves = jax.tree.leaves(step(carry))
+        return treedef.unflatten(
+            [_varying(x, axes - _axes(x)) for x, axes in zip(leaves, types, strict=True)]
+        )
+
+    return typed, treedef.unflatten(leaves)
+
+
+def _varying(x: Any, axes: frozenset[str]) -> jax.Array:
+    # Sorted, so that all processes of a distributed program compile the same.
+    return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
 def within_shard_map() -> bool:
@@ -119,11 +142,10 @@ def varying_alike(tree: PyTree) -> PyTree:
 
 def casts(like: PyTree, axes: frozenset[str]) -> Casts:
     """The casts of pytrees like `like` to vary over `axes`, and back."""
-    # Sorted, so that all processes of a distributed program compile the same.
     extra = jax.tree.map(lambda x: tuple(sorted(axes - _axes(x))), like)
 
     def varying(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x, axes: lax.pcast(x, axes, to="varying"), tree, extra)
+        return jax.tree.map(lambda x, axes: _varying(x, frozenset(axes)), tree, extra)
 
     def own(tree: PyTree) -> PyTree:
         return jax.tree.map(_agreed, tree, extra)

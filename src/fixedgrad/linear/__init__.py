@@ -7,7 +7,8 @@ and J in forward mode. All of them
 - report the *true* residual ‖b − (I − M)x‖, computed at the x that is returned;
 - answer a zero right-hand side with zero;
 - take exactly `num_steps` steps, or at most `max_steps` until the residual is below
-  max(rtol · ‖b‖, atol) or at the floor of what the dtype can resolve.
+  max(rtol · ‖b‖, atol), and in each leaf below rtol times what b and x have there, or until it shrinks
+  no further at the floor of what the dtype can resolve.
 
 M itself takes its products in the dtype of `b`, and at the precision at which it was traced.
 
@@ -16,9 +17,9 @@ lie in its range: the answer is then one of many, and only `dense` sees it. Exac
 suffice: nothing but `info.residual` tells. ‖I − M‖ ≤ 2, as for a contraction, where a residual is
 judged to be at the floor.
 
-Norms and inner products are those of one element of a batch, or of one device's part in a `shard_map`.
-Where M mixes these by a collective over them, take `fp`, or a tolerance: it is met by the true residual
-or missed. Exact steps of the other solvers are wrong there, and nobody notices.
+Along a mapped axis, of a `shard_map` or of a `vmap` with an `axis_name`, over which M has a collective,
+the system is that of all devices or elements together: norms, inner products and stopping tests are sums
+over that axis. `dense` and `from_lineax` refuse there.
 """
 
 from .conjugate import cg as cg

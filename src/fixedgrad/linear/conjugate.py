@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..replication import varying_alike
+from ..replication import steady
 from ..types import LinearSolver, PyTree, Scalar, Status, is_failure, status_where, stopping
 from .frame import Correction, System, corrected, linear_solver, rounding, tree
 
@@ -215,7 +215,7 @@ class _CG(NamedTuple):
 
 def iterate(step: Callable, carry: Any, steps: Any, unfinished: Callable) -> Any:
     """`steps` many steps where that is a Python integer, else at most that many."""
-    carry = varying_alike(carry)
+    step, carry = steady(step, carry)
     if isinstance(steps, int):
         return lax.fori_loop(0, steps, lambda _, c: step(c), carry)
     return lax.while_loop(lambda c: (c.i < steps) & unfinished(c), step, carry)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..iteration import Measured, iterate
-from ..replication import varying_alike
+from ..replication import steady
 from ..types import LinearSolver, PyTree, Scalar, SolveInfo, Status, stopping
 from .frame import System, linear_solver, tree
 
@@ -73,8 +73,8 @@ def fp(
         # One product less than it may seem: x₁ is at hand, and what has grown is judged at xₖ₋₁, so
         # that the product behind the true residual runs only if somebody reads it.
         start = residual_norm(x0, image)
-        carry = varying_alike((x0, image))
-        x, image = lax.fori_loop(1, stop.num_steps, lambda _, c: (c[1], phi(c[1])), carry)
+        step, carry = steady(lambda c: (c[1], phi(c[1])), (x0, image))
+        x, image = lax.fori_loop(1, stop.num_steps, lambda _, c: step(c), carry)
         status = jnp.int32(Status.FIXED_STEPS)
         if stop.num_steps > 1:
             status = system.steps_status(residual_norm(x, image), start, image)

@@ -10,7 +10,7 @@ from jax import lax
 
 from ..iteration import Measured, joint_tolerance, verdict
 from ..realify import Space, power_of_two, real_dtype, realified, resolution, whole
-from ..replication import varying_alike
+from ..replication import steady
 from ..types import (
     LinearSolver,
     MatVec,
@@ -169,7 +169,7 @@ def corrected(stop: Stopping, correct: Callable, gain: float = 0.5) -> Callable:
         measured = system.measured(stop, x, r)
         infinite = jnp.full_like(measured.sizes, jnp.inf)
         carry = x, r, measured, infinite, jnp.int32(0), jnp.int32(Status.FIXED_STEPS)
-        x, _, measured, _, steps, status = lax.while_loop(unfinished, cycle, varying_alike(carry))
+        x, _, measured, _, steps, status = lax.while_loop(unfinished, *steady(cycle, carry))
         info = system.judge(verdict(steps, measured, start))
         # A breakdown explains a missed tolerance; it does not matter where the tolerance is met.
         explained = is_failure(info.status) & is_failure(status)

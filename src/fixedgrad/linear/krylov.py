@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..replication import varying_alike
+from ..replication import steady
 from ..types import (
     LinearSolver,
     PyTree,
@@ -84,8 +84,8 @@ def gmres(
 
         whole, rest = divmod(steps, restart)
         carry = tree.zeros_like(r), r, jnp.int32(0), jnp.int32(Status.FIXED_STEPS)
-        carry = varying_alike(carry)
-        carry = lax.fori_loop(0, whole, lambda _, c: advance(c, restart), carry)
+        cycle, carry = steady(lambda c: advance(c, restart), carry)
+        carry = lax.fori_loop(0, whole, lambda _, c: cycle(c), carry)
         if rest:
             carry = advance(carry, rest)
         x, left, taken, status = carry
@@ -173,7 +173,7 @@ def bicgstab(
 
         zero, zeros = jnp.zeros_like(start), tree.zeros_like(r)
         carry = _BiCGStab(jnp.int32(0), zeros, r, r, zeros, zeros, zero, zero, zero, start)
-        c = lax.while_loop(unfinished, step, varying_alike(carry))
+        c = lax.while_loop(unfinished, *steady(step, carry))
         status = system.steps_status(c.norm, start, c.x)
         status = status_where(lost(c) & (c.norm > least), Status.MAX_STEPS, status)
         # As in GMRES: x so large that its rounding is as large as r lies along a null vector of A.
@@ -282,7 +282,7 @@ def _gmres_cycle(
         jnp.zeros(length + 1, dtype).at[0].set(beta),
         jnp.asarray(False),
     )
-    c = lax.while_loop(unfinished, step, varying_alike(start))
+    c = lax.while_loop(unfinished, *steady(step, start))
     used = jnp.arange(length, dtype=jnp.int32) < c.j
     diagonal = jnp.diagonal(c.triangle)
     flat = used & (jnp.abs(diagonal) <= eps * jnp.max(jnp.abs(c.triangle)))

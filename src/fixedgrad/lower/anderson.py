@@ -10,7 +10,7 @@ from jax import lax
 from ..failure import check_on_failure
 from ..iteration import Measured, Progress, first_progress, verdict
 from ..realify import Space, real_dtype, realified
-from ..replication import varying_alike
+from ..replication import steady
 from ..types import (
     OnFailure,
     Phi,
@@ -94,7 +94,7 @@ def anderson(
         def judged(w: PyTree, image: PyTree) -> Measured:
             return lower.measured(stop, from_real(w), from_real(image))
 
-        def step(s: _Anderson) -> _Anderson:
+        def one_step(s: _Anderson) -> _Anderson:
             # s.mixed is the candidate; s.w, s.image the last accepted point.
             candidate_image = image(s.mixed)
             residual = tree.sub(candidate_image, s.mixed)
@@ -133,7 +133,7 @@ def anderson(
         s = _Anderson(
             zero, real, real, real, infinite, nothing, first_progress(nothing), zero, zeros, zeros
         )
-        s = varying_alike(s)
+        step, s = steady(one_step, s)
         if stop.num_steps is not None:
             s = lax.fori_loop(0, stop.num_steps, lambda _, s: step(s), s)
             w = from_real(s.image)

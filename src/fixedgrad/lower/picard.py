@@ -6,6 +6,7 @@ from jax import lax
 
 from ..failure import check_on_failure
 from ..iteration import iterate
+from ..replication import steady
 from ..types import OnFailure, Phi, PyTree, Scalar, SolveInfo, check_callable, stopping
 from .frame import CheckedSolver, fixed_point_info, lower_level
 
@@ -63,7 +64,8 @@ def picard(
     def with_info(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
         lower = lower_level("picard", phi, w0, args, kwargs)
         if stop.num_steps is not None:
-            w = lax.fori_loop(0, stop.num_steps, lambda _, w: lower.phi(w), lower.w0)
+            step, start = steady(lower.phi, lower.w0)
+            w = lax.fori_loop(0, stop.num_steps, lambda _, w: step(w), start)
             return w, fixed_point_info(phi, stop.num_steps, w, *args, **kwargs)
         measure = functools.partial(lower.measured, stop)
         image = lower.phi(lower.w0)
