@@ -154,7 +154,7 @@ def test_state_keeps_its_structure_shapes_and_dtypes(problem, name, start):
 
 def test_state_before_the_first_update_says_so():
     state = explicit(ROOT, fg.aid(fg.dense())).init(ROOT.w0, ROOT.lam)
-    assert jnp.isnan(state.value)
+    assert jnp.isinf(state.value)
     np.testing.assert_array_equal(state.w, ROOT.w0)
     np.testing.assert_array_equal(state.v, np.zeros(3))
     for info in state.info:

@@ -17,6 +17,7 @@ from .packing import (
     check_arrays,
     check_phi,
     eval_shape,
+    owned,
     partition,
     split_lam,
     strongly_typed,
@@ -51,7 +52,7 @@ class HypergradientState(NamedTuple):
     """What the next update needs, and what a person wants to see of the last one.
 
     Attributes:
-        value: f = E(w, λ) at the last update; NaN before the first.
+        value: f = E(w, λ) at the last update; infinite before the first.
         w: The lower-level iterate; the starting point before the first update.
         v: The solution of (I − Jᵀ) v = ∇₁E; zero before, `None` where the estimator has none.
         info: `HypergradientInfo` of the last update.
@@ -258,7 +259,9 @@ def hypergradient(
         lost = failed(lower)
         if back.info is not None:
             lost |= failed(back.info)
-        memory = optax.tree.where(lost, state.memory, start.record(state.memory, w, v))
+        # Of their own, where `record` kept w and v: outside `jit` they would be the same buffers.
+        recorded = owned(start.record(state.memory, w, v))
+        memory = optax.tree.where(lost, state.memory, recorded)
         info = HypergradientInfo(lower, back.info)
         return join_gradient(grad), HypergradientState(
             value, w, v, info, memory, state.num_updates + 1, state.certificate
@@ -273,7 +276,7 @@ def hypergradient(
         check_same("hypergradient", w0, shapes.w, "`w0`", SOLVED)
         value, info = blank((shapes.value, shapes.info))
         v = None if shapes.v is None else zeros_like_inexact(w0)
-        return HypergradientState(value, w0, v, info, memory, jnp.int32(0))
+        return owned(HypergradientState(value, w0, v, info, memory, jnp.int32(0)))
 
     return Hypergradient(init, update, outer, phi)
 

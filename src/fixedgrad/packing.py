@@ -174,10 +174,13 @@ def split_lam(
 
 
 def blank(shapes: PyTree) -> PyTree:
-    """Arrays that hold nothing yet, from their shapes: NaN where inexact, else zero."""
+    """Arrays that hold nothing yet, from their shapes: infinity where inexact, else zero.
+
+    Not NaN: whoever hunts one by `jax.debug_nans` is not to be stopped where nothing is wrong.
+    """
 
     def nothing(s: jax.ShapeDtypeStruct) -> jax.Array:
-        return jnp.full(s.shape, jnp.nan if is_inexact(s) else 0, s.dtype)
+        return jnp.full(s.shape, jnp.inf if is_inexact(s) else 0, s.dtype)
 
     return jax.tree.map(nothing, shapes)
 
@@ -211,6 +214,11 @@ def strongly_typed(tree: PyTree) -> PyTree:
         return lax.convert_element_type(x, x.dtype) if is_inexact(x) else x
 
     return jax.tree.map(strong, tree)
+
+
+def owned(tree: PyTree) -> PyTree:
+    """Copies of all arrays: a state whose leaves are nobody else's, nor one another, can be donated."""
+    return jax.tree.map(lambda x: jnp.copy(x) if _is_array(x) else x, tree)
 
 
 def _is_array(leaf: Any) -> bool:

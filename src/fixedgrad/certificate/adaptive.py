@@ -10,7 +10,15 @@ from jax import lax
 
 from ..failure import check_on_failure, enforce
 from ..hypergradient import Hypergradient, HypergradientInfo, HypergradientState, check_state
-from ..packing import blank, check_arrays, eval_shape, partition, strongly_typed, zeros_like_inexact
+from ..packing import (
+    blank,
+    check_arrays,
+    eval_shape,
+    owned,
+    partition,
+    strongly_typed,
+    zeros_like_inexact,
+)
 from ..realify import norm
 from ..types import (
     LinearSolver,
@@ -208,7 +216,8 @@ def adaptive_hypergradient(
         _, shapes = eval_shape(update, state, lam, *args, **kwargs)
         # Not w, v and the memory: they may hold keys, and are known.
         info, certificate, value = blank((shapes.info, shapes.certificate, shapes.value))
-        return HypergradientState(value, w0, memory[1], info, memory, jnp.int32(0), certificate)
+        state = HypergradientState(value, w0, memory[1], info, memory, jnp.int32(0), certificate)
+        return owned(state)
 
     return Hypergradient(init, update, outer, phi)
 
