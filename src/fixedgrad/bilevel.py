@@ -15,7 +15,15 @@ from jax.core import Tracer
 
 from .hypergradient import Hypergradient, HypergradientState
 from .lower.adapters import check_optimizer
-from .packing import blank, check_arrays, owned, partition, strongly_typed
+from .packing import (
+    blank,
+    check_arrays,
+    is_weak,
+    owned,
+    partition,
+    settled_lam,
+    strongly_typed,
+)
 from .realify import norm, steepest_ascent
 from .types import (
     PyTree,
@@ -228,8 +236,11 @@ def bilevel(
 
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> BilevelState:
         check_arrays("bilevel", "lam", lam)
-        lam = strongly_typed(lam)
         hyper = hypergrad.init(w0, lam, *args, **kwargs)
+        if any(map(is_weak, jax.tree.leaves(lam))):  # Python numbers, as wide as w: known only now.
+            lam = settled_lam(lam, hyper.w)
+            hyper = hypergrad.init(w0, lam, *args, **kwargs)
+        lam = strongly_typed(lam)
         optimizer_state = strongly_typed(full.init(partition(lam)[0]))
         running = jnp.int32(StopReason.RUNNING)
         return BilevelState(owned(lam), hyper, owned(optimizer_state), jnp.int32(0), running)

@@ -20,7 +20,7 @@ from .packing import (
     owned,
     partition,
     split_lam,
-    strongly_typed,
+    started,
     zeros_like_inexact,
 )
 from .types import (
@@ -268,8 +268,7 @@ def hypergradient(
         )
 
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
-        check_arrays("hypergradient", "w0", w0)
-        w0 = strongly_typed(w0)
+        w0 = started("hypergradient", phi, w0, (lam, *args), kwargs)
         memory = start.init(w0, zeros_like_inexact(w0))
         start_state = HypergradientState(jnp.nan, w0, None, None, memory, jnp.int32(0))  # pyright: ignore
         shapes = eval_shape(lambda *a, **k: update(*a, **k)[1], start_state, lam, *args, **kwargs)

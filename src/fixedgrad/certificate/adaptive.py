@@ -12,11 +12,11 @@ from ..failure import check_on_failure, enforce
 from ..hypergradient import Hypergradient, HypergradientInfo, HypergradientState, check_state
 from ..packing import (
     blank,
-    check_arrays,
     eval_shape,
     owned,
     partition,
-    strongly_typed,
+    settled_lam,
+    started,
     zeros_like_inexact,
 )
 from ..realify import norm
@@ -208,8 +208,8 @@ def adaptive_hypergradient(
         )
 
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
-        check_arrays(where, "w0", w0)
-        w0, lam = strongly_typed((w0, lam))
+        w0 = started(where, phi, w0, (lam, *args), kwargs)
+        lam = settled_lam(lam, w0)
         memory = w0, zeros_like_inexact(w0)
         nothing: Any = None
         state = HypergradientState(nothing, w0, nothing, nothing, memory, jnp.int32(0))

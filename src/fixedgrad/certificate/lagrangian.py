@@ -12,7 +12,7 @@ import optax
 
 from ..estimators import check_linear_solver
 from ..linear import gmres
-from ..packing import check_arrays, check_phi, eval_shape, partition, split_lam, strongly_typed
+from ..packing import check_phi, eval_shape, partition, settled_lam, split_lam, started
 from ..types import LinearSolver, Outer, Phi, PyTree, Scalar, check_callable, check_scalar, show
 
 tree = optax.tree
@@ -43,8 +43,8 @@ def pack(
     """Φ and E as functions of inexact leaves, checked."""
     check_callable(where, "outer", outer, "outer(w, lam, *args) -> scalar")
     check_callable(where, "phi", phi, "phi(w, lam, *args) -> w")
-    check_arrays(where, "w", w)
-    w, lam = strongly_typed((w, lam))
+    w = started(where, phi, w, (lam, *args), kwargs)
+    lam = settled_lam(lam, w)
     x, join_lam, join_gradient = split_lam(where, lam)
     check_phi(where, phi, w, "`w`", (lam, *args), kwargs)
     check_scalar(where, eval_shape(outer, w, lam, *args, **kwargs))

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from ..failure import check_on_failure
-from ..packing import SOLVED, check_arrays, check_phi, split_static, strongly_typed
+from ..packing import SOLVED, check_arrays, check_phi, eval_shape, split_static, strongly_typed
 from ..realify import steepest_ascent
 from ..types import (
     OnFailure,
@@ -193,12 +193,12 @@ def from_optax(
 
     def solver(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         check_inexact("from_optax", "w0", w0)
-        w0 = jax.tree.map(jnp.asarray, w0)
+        value = eval_shape(loss, w0, *args, **kwargs)
+        check_scalar("from_optax", value, "loss")
+        w0 = strongly_typed(w0, jax.tree.map(lambda _: value, w0))
 
         def scalar_loss(w: PyTree) -> jax.Array:
-            value = loss(w, *args, **kwargs)
-            check_scalar("from_optax", value, "loss")
-            return value
+            return loss(w, *args, **kwargs)
 
         def step(_: jax.Array, carry: Any) -> Any:
             w, state = carry

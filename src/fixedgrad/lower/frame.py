@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ..failure import enforce
-from ..packing import check_arrays, check_phi, is_inexact, strongly_typed
+from ..packing import check_phi, is_inexact, started
 from ..realify import norm, resolution
 from ..types import (
     OnFailure,
@@ -62,8 +62,7 @@ def fixed_point_info(
 
 def checked_start(where: str, phi: Phi, w0: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
     """`w0` as arrays that a loop over Φ can carry; raises `TypeError` where Φ(w0) differs."""
-    check_arrays(where, "w0", w0)
-    w0 = strongly_typed(w0)
+    w0 = started(where, phi, w0, args, kwargs)
     check_phi(where, phi, w0, "`w0`", args, kwargs)
     return w0
 
