@@ -218,7 +218,8 @@ def strongly_typed(tree: PyTree, like: PyTree = None) -> PyTree:
             return x
         dtype = jnp.result_type(x)
         if is_weak(x) and like is not None and jnp.issubdtype(like.dtype, jnp.number):
-            dtype = jnp.result_type(x, like.dtype)
+            with jax.numpy_dtype_promotion("standard"):  # A complex number beside real ones, too.
+                dtype = jnp.result_type(x, like.dtype)
         elif not is_inexact(x):
             return jnp.asarray(x)
         return lax.convert_element_type(jnp.asarray(x), dtype)
