@@ -5,10 +5,11 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.core import Tracer
@@ -24,10 +25,21 @@ from .packing import (
     settled_lam,
     strongly_typed,
 )
+from .printing import (
+    count,
+    member,
+    number,
+    printed,
+    record,
+    shapes_in,
+    tally,
+    values_of,
+)
 from .realify import norm, steepest_ascent
 from .types import (
     PyTree,
     Scalar,
+    Status,
     check_callable,
     check_count,
     check_number,
@@ -93,6 +105,17 @@ class BilevelState(NamedTuple):
         """Whether the loop has ended; `reason` says why."""
         return jnp.asarray(self.reason) != int(StopReason.RUNNING)
 
+    def __repr__(self) -> str:
+        solves = [0 if x is None else x.status for x in self.hypergrad.info]
+        known = values_of(self.num_steps, self.reason, *solves)
+        if known is None:
+            return shapes_in(self)
+        num_steps, reason, *solves = known
+        lam = f"lam {shapes_of(self.lam)}"
+        if reason.ndim:
+            return record(self, tally("loop", (member(StopReason, r) for r in reason.ravel())), lam)
+        return record(self, count(num_steps, "step"), lam, *_ending(reason, *solves))
+
 
 class BilevelInfo(NamedTuple):
     """What one outer step shows; `run` stacks these to a history.
@@ -123,6 +146,38 @@ class BilevelInfo(NamedTuple):
     reason: jax.Array
     metrics: PyTree = ()
 
+    def __repr__(self) -> str:
+        known = values_of(*self[:-1])
+        if known is None:
+            return shapes_in(self)
+        rows = BilevelInfo(*known)
+        if rows.value.ndim > 1:
+            last = rows.reason[..., -1].ravel()
+            return record(self, tally("loop", (member(StopReason, r) for r in last)))
+        value, taken, reason = (np.atleast_1d(x) for x in (rows.value, rows.taken, rows.reason))
+        shown = value[taken]
+        # The first row that has a reason is that of the step that ended the loop, if it is here.
+        end = int(np.argmax(reason > 0)) if np.any(reason > 0) else -1
+        solves = (np.atleast_1d(x)[end] for x in (rows.lower_status, rows.linear_status))
+        cells = [count(len(shown), "step")]
+        if len(shown):
+            cells.append(f"f {' -> '.join(number(x) for x in dict.fromkeys(shown[[0, -1]]))}")
+        return record(self, *cells, *_ending(reason[end], *solves))
+
+
+def _ending(reason: Any, lower: Any, linear: Any) -> tuple[str, ...]:
+    """What ended a loop, in words; the stage that failed by its own status where that is known."""
+    if reason == StopReason.RUNNING:
+        return ()
+    stages = {
+        StopReason.LOWER_FAILED: ("lower-level", lower),
+        StopReason.LINEAR_FAILED: ("linear", linear),
+    }
+    stage, status = stages.get(int(reason), ("", 0))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    if status:
+        return (f"ended: {member(Status, status)} in the {stage} solve",)
+    return (f"ended: {member(StopReason, reason)}",)
+
 
 class StopRule(NamedTuple):
     """A rule for the end of the outer loop that remembers: a pair of pure functions.
@@ -132,10 +187,15 @@ class StopRule(NamedTuple):
     Attributes:
         init: `init() -> memory`, a pytree of arrays.
         update: `update(memory, info) -> (memory, stop)`: the `BilevelInfo` of a step, and a boolean.
+        name: How it prints: as the call that made it.
     """
 
     init: Callable[[], PyTree]
     update: Callable[[PyTree, BilevelInfo], tuple[PyTree, jax.Array]]
+    name: str = "StopRule(...)"
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 class Bilevel(NamedTuple):
@@ -146,13 +206,19 @@ class Bilevel(NamedTuple):
         step: `step(state, *args, **kwargs) -> (state, info)`, one step, not jitted.
         run: `run(state, *args, num_steps=, stop=, metrics=, batches=, **kwargs) -> (state, history)`,
             many steps in one compiled scan; see `bilevel`.
+        name: How it prints: as the call that made it.
     """
 
     init: Callable[..., BilevelState]
     step: Callable[..., tuple[BilevelState, BilevelInfo]]
     run: Callable[..., tuple[BilevelState, BilevelInfo]]
+    name: str = "Bilevel(...)"
+
+    def __repr__(self) -> str:
+        return self.name
 
 
+@printed
 def bilevel(
     hypergrad: Hypergradient,
     optimizer: optax.GradientTransformation,
@@ -329,6 +395,7 @@ def bilevel(
     return Bilevel(init, step, run)
 
 
+@printed
 def patience(*, num_steps: int, rtol: Scalar = 0.0, atol: Scalar = 0.0) -> StopRule:
     """Ends the outer loop where f has not improved for `num_steps` steps.
 

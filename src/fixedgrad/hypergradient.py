@@ -23,6 +23,7 @@ from .packing import (
     started,
     zeros_like_inexact,
 )
+from .printing import count, member, number, printed, record, shapes_in, values_of
 from .types import (
     Estimator,
     LinearSolver,
@@ -33,10 +34,12 @@ from .types import (
     PyTree,
     SolveInfo,
     Solver,
+    Status,
     check_callable,
     check_same,
     check_scalar,
     failed,
+    shapes_of,
     show,
 )
 
@@ -69,6 +72,22 @@ class HypergradientState(NamedTuple):
     num_updates: jax.Array
     certificate: Any = None
 
+    def __repr__(self) -> str:
+        stages = () if self.info is None else tuple(x for x in self.info if x is not None)
+        known = values_of(self.value, self.num_updates, *(x.status for x in stages))
+        if known is None or max(x.ndim for x in known):
+            return shapes_in(self)
+        value, num_updates, *statuses = known
+        names = zip(("lower", "linear"), statuses, strict=False)
+        return record(
+            self,
+            count(num_updates, "update"),
+            f"f {number(value)}",
+            f"w {shapes_of(self.w)}",
+            *(f"{stage} {member(Status, status)}" for stage, status in names),
+            *(() if self.certificate is None else (repr(self.certificate),)),
+        )
+
 
 class Hypergradient(NamedTuple):
     """The pair of pure functions of the explicit form.
@@ -78,12 +97,17 @@ class Hypergradient(NamedTuple):
         update: `update(state, lam, *args, **kwargs) -> (grad, state)`.
         outer: E, for transformations such as `certified`.
         phi: Φ, for the same.
+        name: How it prints: as the call that made it.
     """
 
     init: Callable[..., HypergradientState]
     update: Callable[..., tuple[PyTree, HypergradientState]]
     outer: Outer
     phi: Phi
+    name: str = "Hypergradient(...)"
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 class Start(NamedTuple):
@@ -93,13 +117,19 @@ class Start(NamedTuple):
         init: `init(w0, v_zero) -> memory`; `v_zero` is `None` where the estimator has no v.
         propose: `propose(memory) -> (w, v)`; `None` for v starts at zero.
         record: `record(memory, w, v) -> memory`, called with results of solves that succeeded.
+        name: How it prints: as the call that made it.
     """
 
     init: Callable[[PyTree, PyTree], PyTree]
     propose: Callable[[PyTree], tuple[PyTree, PyTree | None]]
     record: Callable[[PyTree, PyTree, PyTree], PyTree]
+    name: str = "Start(...)"
+
+    def __repr__(self) -> str:
+        return self.name
 
 
+@printed
 def cold() -> Start:
     """Every update starts at w₀ and at v = 0, as in the paper's analysis.
 
@@ -118,6 +148,7 @@ def cold() -> Start:
 _COLD = cold()
 
 
+@printed
 def warm() -> Start:
     """Every update starts at the w and v of the last one that succeeded.
 
@@ -141,6 +172,7 @@ def warm() -> Start:
     return Start(lambda w0, v: (w0, v), lambda memory: memory, record)
 
 
+@printed
 def hypergradient(
     outer: Outer,
     phi: Phi,

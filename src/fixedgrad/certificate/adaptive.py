@@ -19,6 +19,7 @@ from ..packing import (
     started,
     zeros_like_inexact,
 )
+from ..printing import printed
 from ..realify import norm
 from ..types import (
     LinearSolver,
@@ -45,6 +46,7 @@ tree = optax.tree
 _MAX_ROUNDS = 20
 
 
+@printed
 def adaptive_hypergradient(
     outer: Outer,
     phi: Phi,

@@ -13,6 +13,7 @@ import optax
 from ..estimators import check_linear_solver
 from ..linear import gmres
 from ..packing import check_phi, eval_shape, partition, settled_lam, split_lam, started
+from ..printing import by_name
 from ..types import LinearSolver, Outer, Phi, PyTree, Scalar, check_callable, check_scalar, show
 
 tree = optax.tree
@@ -68,6 +69,7 @@ def pack(
     )
 
 
+@by_name
 def krylov(rtol: Scalar) -> LinearSolver:
     """What solves with A and Aᵀ where the caller has no wish: right for any invertible A."""
     return gmres(max_steps=1000, rtol=rtol, restart=50)

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..printing import printed
 from ..types import LinearSolver, PyTree, Scalar, SolveInfo, stopping
 from .frame import System, linear_solver, tree
 
 
+@printed
 def fp(
     *,
     num_steps: int | None = None,

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..printing import printed
 from ..replication import varying_alike
 from ..types import LinearSolver, PyTree, Scalar, Status, check_count, status_where, stopping
 from .frame import Correction, System, corrected, dot, linear_solver, tree
 
 
+@printed
 def gmres(
     *,
     num_steps: int | None = None,
@@ -86,6 +88,7 @@ def gmres(
     return linear_solver("gmres", corrected(stop, correct, gain=0.99), stop)
 
 
+@printed
 def bicgstab(
     *,
     num_steps: int | None = None,

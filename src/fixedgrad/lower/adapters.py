@@ -11,6 +11,7 @@ from jax import lax
 
 from ..failure import check_on_failure
 from ..packing import SOLVED, check_arrays, check_phi, eval_shape, split_static, strongly_typed
+from ..printing import printed
 from ..realify import steepest_ascent
 from ..types import (
     OnFailure,
@@ -32,6 +33,7 @@ from .frame import CheckedSolver, distance, judge
 tree = optax.tree
 
 
+@printed
 def checked(
     solver: Solver,
     phi: Phi,
@@ -90,6 +92,7 @@ def checked(
     return CheckedSolver(with_info, on_failure)
 
 
+@printed
 def from_host(function: Callable[..., PyTree]) -> Solver:
     """A solver that is not JAX, such as SciPy's, called on the host with NumPy arrays.
 
@@ -152,6 +155,7 @@ def from_host(function: Callable[..., PyTree]) -> Solver:
     return on_host
 
 
+@printed
 def from_optax(
     loss: Callable[..., jax.Array],
     optimizer: optax.GradientTransformation,

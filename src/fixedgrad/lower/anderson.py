@@ -8,6 +8,7 @@ import optax
 from jax import lax
 
 from ..failure import check_on_failure
+from ..printing import printed
 from ..realify import norm, real_dtype, realified
 from ..replication import varying_alike
 from ..types import (
@@ -26,6 +27,7 @@ from .frame import CheckedSolver, above, checked_start, distance, fixed_point_in
 tree = optax.tree
 
 
+@printed
 def anderson(
     phi: Phi,
     *,

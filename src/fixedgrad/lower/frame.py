@@ -22,7 +22,7 @@ from ..types import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CheckedSolver:
     """A lower-level solver that knows whether it succeeded.
 
@@ -31,10 +31,15 @@ class CheckedSolver:
     Attributes:
         with_info: `(w0, *args, **kwargs) -> (w, SolveInfo)`.
         on_failure: The policy of a direct call, which has nowhere to put the info.
+        name: How it prints: as the call that made it.
     """
 
     with_info: Callable[..., tuple[PyTree, SolveInfo]]
     on_failure: OnFailure
+    name: str = "CheckedSolver(...)"
+
+    def __repr__(self) -> str:
+        return self.name
 
     def __call__(self, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         w, info = self.with_info(w0, *args, **kwargs)

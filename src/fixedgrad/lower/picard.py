@@ -8,12 +8,14 @@ import optax
 from jax import lax
 
 from ..failure import check_on_failure
+from ..printing import printed
 from ..types import OnFailure, Phi, PyTree, Scalar, SolveInfo, check_callable, stopping
 from .frame import CheckedSolver, above, checked_start, distance, fixed_point_info, judge
 
 tree = optax.tree
 
 
+@printed
 def picard(
     phi: Phi,
     *,
