@@ -20,12 +20,13 @@ class LongRun(NamedTuple):
 
     Attributes:
         state: The last state of the outer loop.
-        history: A `fg.Record` of NumPy arrays, one row for each outer step that was taken.
+        history: A `fg.BilevelInfo` of NumPy arrays, one row for each outer step that was taken,
+            and one for a step that failed.
         log: One entry for each chunk: its last `step`, its `seconds`, and what `measure` gave.
     """
 
     state: fg.BilevelState
-    history: fg.Record
+    history: fg.BilevelInfo
     log: list[dict[str, float]]
 
     @property
@@ -56,7 +57,7 @@ def long_run(
 ) -> LongRun:
     """`num_steps` outer steps, resumed from the last checkpoint in `directory` if there is one.
 
-    Every chunk is one call of `fg.run`. A checkpoint is a chunk's end, so that a run that was killed
+    Every chunk is one call of `loop.run`. A checkpoint is a chunk's end, so that a run that was killed
     and resumed goes through the same chunks as one that was not, and gives the same bits.
 
     Args:
@@ -75,7 +76,7 @@ def long_run(
         A `LongRun`. It ends early where the loop stopped, at a hypergradient that is not finite.
     """
     _, row = jax.eval_shape(lambda s: loop.step(s, *args), state)
-    history = [np.zeros((num_steps, *r.shape), r.dtype) for r in row]
+    history = [np.zeros((num_steps, *r.shape), r.dtype) for r in jax.tree.leaves(row)]
     log: list[dict[str, float]] = []
     manager = None if directory is None else _manager(directory)
     if manager is not None and manager.latest_step() is not None:
@@ -86,9 +87,9 @@ def long_run(
         while done < num_steps and not bool(state.stopped):
             length = min(chunk, num_steps - done)
             start = time.perf_counter()
-            state, record = jax.block_until_ready(fg.run(loop, state, *args, num_steps=length))
+            state, record = jax.block_until_ready(loop.run(state, *args, num_steps=length))
             seconds = time.perf_counter() - start
-            for rows, new in zip(history, record, strict=True):
+            for rows, new in zip(history, jax.tree.leaves(record), strict=True):
                 rows[done : done + length] = new
             done += length
             log.append({"step": done, "seconds": seconds, **(measure(state) if measure else {})})
@@ -100,8 +101,9 @@ def long_run(
                 saved = time.monotonic()
     if manager is not None:
         manager.close()
-    taken = int(state.num_steps)
-    return LongRun(state, fg.Record(*(rows[:taken] for rows in history)), log)  # pyright: ignore
+    shown = int(state.num_steps) + (int(state.reason) > fg.StopReason.RULE)
+    rows = jax.tree.unflatten(jax.tree.structure(row), [x[:shown] for x in history])
+    return LongRun(state, rows, log)
 
 
 def _manager(directory: Path) -> ocp.CheckpointManager:

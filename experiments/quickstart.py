@@ -70,7 +70,7 @@ class Trained(NamedTuple):
     Attributes:
         lam: The last λ.
         w: The last w_t, at the λ before.
-        history: The `fixedgrad.Record` of all steps.
+        history: The `fixedgrad.BilevelInfo` of all steps.
         products: Products with Jᵀ, over all steps.
         seconds: The time they took, compilation excluded.
         memory: The temporary memory of the compiled optimisation, in bytes.
@@ -78,7 +78,7 @@ class Trained(NamedTuple):
 
     lam: jax.Array
     w: jax.Array
-    history: fg.Record
+    history: fg.BilevelInfo
     products: int
     seconds: float
     memory: int
@@ -246,7 +246,7 @@ def train(
     )
     loop = fg.bilevel(hypergrad, optax.adam(learning_rate), project=box)
     state = loop.init(jnp.zeros_like(lam), lam)
-    chunk = jax.jit(lambda state: fg.run(loop, state, num_steps=sizes.chunk))
+    chunk = jax.jit(lambda state: loop.run(state, num_steps=sizes.chunk))
     chunk = chunk.lower(state).compile()
     memory = chunk.memory_analysis()
     histories, seconds = [], 0.0
@@ -257,7 +257,7 @@ def train(
         histories.append(history)
         bar.update()
         bar.set_postfix(f=f"{float(history.value[-1]):.4f}")
-    history: fg.Record = jax.tree.map(lambda *x: np.concatenate(x), *histories)
+    history: fg.BilevelInfo = jax.tree.map(lambda *x: np.concatenate(x), *histories)
     # An estimator without a linear system is ITD: its backward pass has t products with Jᵀ.
     linear = history.linear_steps if state.hypergrad.info.linear else history.lower_steps
     return Trained(
@@ -338,7 +338,7 @@ def _check(claims: report.Claims, sizes: Sizes, outcome: Outcome) -> None:
         for name, result in outcome.trained.items()
     )
     claims.check(
-        "the curves show the hypergradients that `fg.run` uses",
+        "the curves show the hypergradients that `loop.run` uses",
         bool(apart < _FLOOR),
         f"norms at λ₀ apart by {apart:.1e}, relatively",
     )

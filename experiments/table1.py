@@ -267,7 +267,7 @@ def _evaluate(
 def _temp_bytes(task: Task, m: Method, loop: fg.Bilevel) -> int:
     """Temporary memory of one outer step, by the compiler's own account."""
     state = loop.init(m.w0, task.lam, *task.data)
-    step = jax.jit(lambda state, data: fg.run(loop, state, *data, num_steps=1))
+    step = jax.jit(lambda state, data: loop.run(state, *data, num_steps=1))
     analysis: Any = step.lower(state, task.data).compile().memory_analysis()
     return int(analysis.temp_size_in_bytes)
 

@@ -7,6 +7,7 @@ import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fixedgrad as fg
@@ -42,6 +43,53 @@ def test_any_kind_of_number_is_differentiated(estimator: fg.Estimator, lam: Any)
     value, gradient = jax.value_and_grad(lambda lam: solve(0.0, lam) ** 2)(lam)
     np.testing.assert_allclose(value, 9.0, rtol=1e-12)
     np.testing.assert_allclose(gradient, 12.0, rtol=1e-6)
+
+
+def _in_float32(w: Any, lam: Any) -> Any:
+    return 0.5 * w + jnp.float32(1.0) * lam
+
+
+def _squared(w: Any, lam: Any) -> Any:
+    return w**2 + 0.0 * lam
+
+
+_EXPLICIT = fg.hypergradient(
+    _squared, _in_float32, fg.picard(_in_float32, num_steps=40), fg.aid(fg.dense())
+)
+
+
+# From a Python number for w0 and, where it can be, for λ: what comes out.
+IN_FLOAT32 = {
+    "picard": lambda w0: fg.picard(_in_float32, num_steps=40)(w0, 1.0),
+    "picard rtol": lambda w0: fg.picard(_in_float32, max_steps=40, rtol=1e-6)(w0, 1.0),
+    "in a dict": lambda w0: fg.picard(lambda w, lam: {"w": _in_float32(w["w"], lam)}, num_steps=40)(
+        {"w": w0}, 1.0
+    )["w"],
+    "anderson": lambda w0: fg.anderson(_in_float32, max_steps=9, rtol=1e-6)(w0, 1.0),
+    "from_optax": lambda w0: fg.from_optax(
+        lambda w, lam: jnp.sum((w - jnp.float32(2.0) * lam) ** 2), optax.sgd(0.25), num_steps=30
+    )(w0, 1.0),
+    "decorator": lambda w0: solver_of(_in_float32, fg.aid(fg.dense()))(w0, 1.0),
+    "itd": lambda w0: solver_of(_in_float32, fg.itd())(w0, 1.0),
+    "hypergradient": lambda w0: _EXPLICIT.update(_EXPLICIT.init(w0, 1.0), 1.0)[1].w,
+    "adaptive": lambda w0: _ADAPTIVE.update(_ADAPTIVE.init(w0, 1.0), 1.0)[1].w,
+    "bilevel": lambda w0: _LOOP.run(_LOOP.init(w0, 1.0), num_steps=1)[0].hypergrad.w,
+    "bilevel, its lam": lambda w0: _LOOP.run(_LOOP.init(w0, 2.0), num_steps=1)[0].lam,
+}
+_ADAPTIVE = fg.adaptive_hypergradient(_squared, _in_float32, rtol=1e-3)
+_LOOP = fg.bilevel(_EXPLICIT, optax.sgd(0.125))  # f = 4 λ².
+
+
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_a_python_number_to_start_from_takes_the_dtype_of_phi(name: str) -> None:
+    w = IN_FLOAT32[name](0.0)
+    assert w.dtype == jnp.float32
+    np.testing.assert_allclose(w, 0.0 if "lam" in name else 2.0, atol=1e-3)
+
+
+def test_numbers_alone_are_as_wide_as_jax_makes_them() -> None:
+    for w0 in (0.0, np.float64(0.0), jnp.asarray(0.0)):
+        assert fg.picard(lambda w, lam: 0.5 * w + lam, num_steps=2)(w0, 1.0).dtype == jnp.float64
 
 
 def test_an_integer_lam_has_a_value_and_no_gradient(estimator: fg.Estimator) -> None:

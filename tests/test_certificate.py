@@ -393,7 +393,7 @@ def test_integers_keys_and_none_in_lam_have_no_gradient(name):
 @pytest.mark.parametrize("name", WITH_TRUST)
 def test_the_outer_loop_moves_no_integer(name):
     loop = fg.bilevel(WITH_TRUST[name], optax.sgd(0.01, momentum=0.9))
-    state, history = fg.run(loop, loop.init(0.0, MIXED), num_steps=3)
+    state, history = loop.run(loop.init(0.0, MIXED), num_steps=3)
     assert state.lam["n"] == 2
     assert state.lam["key"] == MIXED["key"]
     assert state.lam["x"] < MIXED["x"]

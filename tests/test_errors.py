@@ -608,7 +608,7 @@ BILEVEL_ROWS = [
         "run of no steps",
         ValueError,
         "`num_steps` of `run` must be a positive integer known before tracing, got 0",
-        lambda: fg.run(fg.bilevel(HYPERGRAD, optax.sgd(0.1)), None, num_steps=0),
+        lambda: fg.bilevel(HYPERGRAD, optax.sgd(0.1)).run(None, num_steps=0),
     ),
     Row(
         "bilevel with a function in lam",
@@ -619,14 +619,51 @@ BILEVEL_ROWS = [
     Row(
         "run with a number as its rule",
         TypeError,
-        r"`stop` of `run` must be a function `stop\(record\) -> bool array`, got 1e-06",
+        r"`stop` of `run` must be a function `stop\(info\) -> bool array`, got 1e-06",
         lambda: _run(stop=1e-6),
     ),
     Row(
         "run with a rule that gives a number",
         TypeError,
         r"`stop` of `run` must return one boolean, got float64\[\]; compare, as in",
-        lambda: _run(stop=lambda record: record.value),
+        lambda: _run(stop=lambda info: info.value),
+    ),
+    Row(
+        "run with a rule that gives a Python bool",
+        TypeError,
+        r"`stop` of `run` must compute its answer from `info` alone, got .* `run` traces `stop`",
+        lambda: _run(stop=lambda info: False),
+    ),
+    Row(
+        "run from no state",
+        TypeError,
+        "`state` of `run` must be what `init` or the last `run` returned, got None",
+        lambda: fg.bilevel(HYPERGRAD, optax.sgd(0.1)).run(None, num_steps=1),
+    ),
+    Row(
+        "run with too few batches",
+        TypeError,
+        r"`batches` of `run` must have a leading axis of length `num_steps`=2 in every leaf, got "
+        r"float64\[3\]",
+        lambda: _run(stop=None, batches=jnp.ones(3)),
+    ),
+    Row(
+        "run with a number for metrics",
+        TypeError,
+        r"`metrics` of `run` must be a function `metrics\(state\) -> pytree of arrays`, got 1.0",
+        lambda: _run(stop=None, metrics=1.0),
+    ),
+    Row(
+        "patience without end",
+        ValueError,
+        "`num_steps` of `patience` must be a positive integer known before tracing, got inf",
+        lambda: fg.patience(num_steps=jnp.inf),
+    ),
+    Row(
+        "patience that gives way to nothing",
+        ValueError,
+        r"`rtol` of `patience` must be a number in \[0, 1\), got 1.0",
+        lambda: fg.patience(num_steps=1, rtol=1.0),
     ),
 ]
 
@@ -715,9 +752,9 @@ TRUST_ROWS = [
 ]
 
 
-def _run(stop):
+def _run(**options):
     loop = fg.bilevel(HYPERGRAD, optax.sgd(0.1))
-    return fg.run(loop, loop.init(ONES, ONES), num_steps=2, stop=stop)
+    return loop.run(loop.init(ONES, ONES), num_steps=2, **options)
 
 
 def _one_step(loop):

@@ -154,7 +154,7 @@ def test_state_keeps_its_structure_shapes_and_dtypes(problem, name, start):
 
 def test_state_before_the_first_update_says_so():
     state = explicit(ROOT, fg.aid(fg.dense())).init(ROOT.w0, ROOT.lam)
-    assert jnp.isnan(state.value)
+    assert jnp.isinf(state.value)
     np.testing.assert_array_equal(state.w, ROOT.w0)
     np.testing.assert_array_equal(state.v, np.zeros(3))
     for info in state.info:
@@ -225,6 +225,42 @@ def test_update_runs_under_vmap_over_state_and_lam():
     gradients, states = jax.jit(jax.vmap(hypergrad.update))(states, lams)
     assert_close(gradients, jnp.stack([ROOT.gradient(lam) for lam in lams]), 2**10 * EPS)
     assert_close(states.w, jnp.sqrt(lams), 2**6 * EPS)
+
+
+@pytest.mark.parametrize(
+    "hypergrad",
+    [
+        explicit(ROOT, fg.aid(fg.cg(max_steps=9, rtol=1e-9)), start=fg.warm()),
+        explicit(ROOT, fg.itd()),
+        fg.certified(explicit(ROOT, fg.aid(fg.dense())), every=2),
+        fg.polished(explicit(ROOT, fg.aid(fg.fp(num_steps=2)))),
+        fg.adaptive_hypergradient(ROOT.outer, ROOT.phi, rtol=1e-6),
+    ],
+    ids=["aid", "itd", "certified", "polished", "adaptive"],
+)
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_nothing_is_nan_where_nothing_is_wrong(hypergrad, jit):
+    if jit:
+        hypergrad = hypergrad._replace(
+            init=jax.jit(hypergrad.init), update=jax.jit(hypergrad.update)
+        )
+    with jax.debug_nans(True):
+        state = hypergrad.init(ROOT.w0, ROOT.lam)
+        _, state = hypergrad.update(state, ROOT.lam)
+        if not jit:  # To the rows after an early stop.
+            loop = fg.bilevel(hypergrad, optax.sgd(0.01))
+            start = loop.init(ROOT.w0, ROOT.lam)
+            _, history = loop.run(start, num_steps=3, stop=lambda info: info.lower_steps > 0)
+            np.testing.assert_array_equal(history.taken, [True, False, False])
+    jax.block_until_ready(state)
+
+
+def test_a_failed_solve_still_trips_who_hunts_for_nan():
+    solver = fg.picard(ROOT.phi, max_steps=1, rtol=1e-12)
+    hypergrad = explicit(ROOT, fg.aid(fg.dense()), solver)
+    state = hypergrad.init(ROOT.w0, ROOT.lam)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        jax.jit(hypergrad.update)(state, ROOT.lam)
 
 
 # Info.

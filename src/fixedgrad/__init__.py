@@ -16,10 +16,13 @@ from importlib.metadata import version
 
 from . import bounds as bounds
 from .bilevel import Bilevel as Bilevel
+from .bilevel import BilevelInfo as BilevelInfo
 from .bilevel import BilevelState as BilevelState
-from .bilevel import Record as Record
+from .bilevel import LoopStoppedWarning as LoopStoppedWarning
+from .bilevel import StopReason as StopReason
+from .bilevel import StopRule as StopRule
 from .bilevel import bilevel as bilevel
-from .bilevel import run as run
+from .bilevel import patience as patience
 from .certificate import Certificate as Certificate
 from .certificate import Reason as Reason
 from .certificate import adaptive_hypergradient as adaptive_hypergradient
@@ -78,6 +81,7 @@ from .types import Status as Status
 __all__ = [
     "Backward",
     "Bilevel",
+    "BilevelInfo",
     "BilevelState",
     "Certificate",
     "Check",
@@ -88,18 +92,20 @@ __all__ = [
     "HypergradientInfo",
     "HypergradientState",
     "LinearSolver",
+    "LoopStoppedWarning",
     "Momentum",
     "Outer",
     "Phi",
     "Reason",
     "Recommendation",
-    "Record",
     "SolveFailedError",
     "SolveFailedWarning",
     "SolveInfo",
     "Solver",
     "Start",
     "Status",
+    "StopReason",
+    "StopRule",
     "adaptive_hypergradient",
     "aid",
     "anderson",
@@ -129,11 +135,11 @@ __all__ = [
     "normal_cg",
     "optimal_heavy_ball",
     "optimal_step_size",
+    "patience",
     "picard",
     "polished",
     "proximal_gradient",
     "recommend",
-    "run",
     "truncated_itd",
     "warm",
 ]

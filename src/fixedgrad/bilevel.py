@@ -1,19 +1,54 @@
 """The outer loop: hypergradient, optax optimiser and projection, in one jitted scan."""
 
+import enum
 import functools
+import operator
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from .hypergradient import Hypergradient, HypergradientState
 from .lower.adapters import check_optimizer
-from .packing import blank, check_arrays, partition, strongly_typed
+from .packing import (
+    blank,
+    check_arrays,
+    is_weak,
+    owned,
+    partition,
+    settled_lam,
+    strongly_typed,
+)
+from .printing import (
+    count,
+    member,
+    number,
+    printed,
+    record,
+    shapes_in,
+    tally,
+    values_of,
+)
 from .realify import norm, steepest_ascent
-from .types import PyTree, check_callable, check_count, check_same, hint, shapes_of
+from .types import (
+    PyTree,
+    Scalar,
+    Status,
+    check_callable,
+    check_count,
+    check_number,
+    check_same,
+    failed,
+    hint,
+    shapes_of,
+    show,
+)
 
 _ASKED = (
     "`bilevel` gives the optimiser gradients, its state, λ, and the `value` and `grad` at λ. One that "
@@ -22,35 +57,81 @@ _ASKED = (
 )
 
 
+class StopReason(enum.IntEnum):
+    """Why an outer loop ended. An array of it is int32; `StopReason(int(state.reason))` names it.
+
+    - `RUNNING`: It has not ended.
+    - `RULE`: The rule `stop` of `run` said so.
+    - `LOWER_FAILED`: The hypergradient is not finite, since the lower-level solve failed.
+    - `LINEAR_FAILED`: The hypergradient is not finite, since the linear solve failed.
+    - `NON_FINITE`: The hypergradient is not finite although no solve failed: E or a derivative is not.
+    - `OVERFLOW`: The step would have made λ infinite or NaN.
+    """
+
+    RUNNING = 0
+    RULE = 1
+    LOWER_FAILED = 2
+    LINEAR_FAILED = 3
+    NON_FINITE = 4
+    OVERFLOW = 5
+
+
+class LoopStoppedWarning(UserWarning):
+    """`run` was given the state of a loop that has ended: no step was taken."""
+
+
 class BilevelState(NamedTuple):
     """Everything the outer loop needs to go on: a pytree of arrays, for any checkpoint library.
 
     Attributes:
         lam: The outer variable λ.
-        hypergrad: The state of the hypergradient; its w, v, value and info are of the λ before `lam`.
+        hypergrad: The state of the hypergradient; its w, v, value and info are of the λ before `lam`,
+            or of `lam` where the last step failed.
         optimizer: The state of the optax optimiser.
         num_steps: Outer steps taken, int32.
-        stopped: Whether the loop has ended: a rule said so, or a hypergradient or λ was not finite.
+        reason: A `StopReason`, int32: why the loop ended; `RUNNING` where it has not.
+        memory: What the `StopRule` of `run` remembers; `()` without one.
     """
 
     lam: PyTree
     hypergrad: HypergradientState
     optimizer: PyTree
     num_steps: jax.Array
-    stopped: jax.Array
+    reason: jax.Array
+    memory: PyTree = ()
+
+    @property
+    def stopped(self) -> jax.Array:
+        """Whether the loop has ended; `reason` says why."""
+        return jnp.asarray(self.reason) != int(StopReason.RUNNING)
+
+    def __repr__(self) -> str:
+        solves = [0 if x is None else x.status for x in self.hypergrad.info]
+        known = values_of(self.num_steps, self.reason, *solves)
+        if known is None:
+            return shapes_in(self)
+        num_steps, reason, *solves = known
+        lam = f"lam {shapes_of(self.lam)}"
+        if reason.ndim:
+            return record(self, tally("loop", (member(StopReason, r) for r in reason.ravel())), lam)
+        return record(self, count(num_steps, "step"), lam, *_ending(reason, *solves))
 
 
-class Record(NamedTuple):
+class BilevelInfo(NamedTuple):
     """What one outer step shows; `run` stacks these to a history.
 
     Attributes:
         value: f = E(w, λ) at the λ before the step.
         gradient_norm: ‖g(λ)‖, the norm of the hypergradient (before the projection).
         lower_residual: ‖Φ(w) − w‖.
-        linear_residual: ‖∇₁E − (I − Jᵀ)v‖; NaN for an estimator without a linear system.
+        linear_residual: ‖∇₁E − (I − Jᵀ)v‖; infinite for an estimator without a linear system.
         lower_steps: Steps of the lower-level solver.
         linear_steps: Steps of the linear solver; 0 without one.
-        taken: Whether the step was taken; rows after an early stop were not.
+        lower_status: The `Status` of the lower-level solve, int32.
+        linear_status: The `Status` of the linear solve, int32; `NOT_RUN` without one.
+        taken: Whether the step was taken: false for one that failed, and in rows after the end.
+        reason: A `StopReason`, int32: why the loop ended, with this step or before it.
+        metrics: What `metrics` of `run` gave; `()` without it.
     """
 
     value: jax.Array
@@ -59,21 +140,85 @@ class Record(NamedTuple):
     linear_residual: jax.Array
     lower_steps: jax.Array
     linear_steps: jax.Array
+    lower_status: jax.Array
+    linear_status: jax.Array
     taken: jax.Array
+    reason: jax.Array
+    metrics: PyTree = ()
+
+    def __repr__(self) -> str:
+        known = values_of(*self[:-1])
+        if known is None:
+            return shapes_in(self)
+        rows = BilevelInfo(*known)
+        if rows.value.ndim > 1:
+            last = rows.reason[..., -1].ravel()
+            return record(self, tally("loop", (member(StopReason, r) for r in last)))
+        value, taken, reason = (np.atleast_1d(x) for x in (rows.value, rows.taken, rows.reason))
+        shown = value[taken]
+        # The first row that has a reason is that of the step that ended the loop, if it is here.
+        end = int(np.argmax(reason > 0)) if np.any(reason > 0) else -1
+        solves = (np.atleast_1d(x)[end] for x in (rows.lower_status, rows.linear_status))
+        cells = [count(len(shown), "step")]
+        if len(shown):
+            cells.append(f"f {' -> '.join(number(x) for x in dict.fromkeys(shown[[0, -1]]))}")
+        return record(self, *cells, *_ending(reason[end], *solves))
+
+
+def _ending(reason: Any, lower: Any, linear: Any) -> tuple[str, ...]:
+    """What ended a loop, in words; the stage that failed by its own status where that is known."""
+    if reason == StopReason.RUNNING:
+        return ()
+    stages = {
+        StopReason.LOWER_FAILED: ("lower-level", lower),
+        StopReason.LINEAR_FAILED: ("linear", linear),
+    }
+    stage, status = stages.get(int(reason), ("", 0))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    if status:
+        return (f"ended: {member(Status, status)} in the {stage} solve",)
+    return (f"ended: {member(StopReason, reason)}",)
+
+
+class StopRule(NamedTuple):
+    """A rule for the end of the outer loop that remembers: a pair of pure functions.
+
+    What it remembers is carried in the state of the loop, from chunk to chunk and through checkpoints.
+
+    Attributes:
+        init: `init() -> memory`, a pytree of arrays.
+        update: `update(memory, info) -> (memory, stop)`: the `BilevelInfo` of a step, and a boolean.
+        name: How it prints: as the call that made it.
+    """
+
+    init: Callable[[], PyTree]
+    update: Callable[[PyTree, BilevelInfo], tuple[PyTree, jax.Array]]
+    name: str = "StopRule(...)"
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 class Bilevel(NamedTuple):
-    """The pair of pure functions of the outer loop.
+    """The pure functions of the outer loop.
 
     Attributes:
         init: `init(w0, lam, *args, **kwargs) -> state`.
-        step: `step(state, *args, **kwargs) -> (state, record)`.
+        step: `step(state, *args, **kwargs) -> (state, info)`, one step, not jitted.
+        run: `run(state, *args, num_steps=, stop=, metrics=, batches=, **kwargs) -> (state, history)`,
+            many steps in one compiled scan; see `bilevel`.
+        name: How it prints: as the call that made it.
     """
 
     init: Callable[..., BilevelState]
-    step: Callable[..., tuple[BilevelState, Record]]
+    step: Callable[..., tuple[BilevelState, BilevelInfo]]
+    run: Callable[..., tuple[BilevelState, BilevelInfo]]
+    name: str = "Bilevel(...)"
+
+    def __repr__(self) -> str:
+        return self.name
 
 
+@printed
 def bilevel(
     hypergrad: Hypergradient,
     optimizer: optax.GradientTransformation,
@@ -82,14 +227,34 @@ def bilevel(
 ) -> Bilevel:
     """The outer loop min over λ of f(λ): λ ← P(λ + updates), the updates by optax from g(λ).
 
+    `init` and `step` are pure and not jitted. `run` takes `num_steps` steps in one jitted `lax.scan`.
+    Called again with the same shapes it does not compile again, so that a long run is a Python loop
+    over chunks, with a progress bar and a checkpoint of the state between them. What was compiled is
+    kept by the loop, and goes with it.
+
     A hypergradient that is not finite (a failed solve, by the policy of `hypergradient`), or a λ that
-    would overflow, moves nothing: the loop stops with the last good λ in its state. Both functions
-    are pure and unjitted; `run` puts many steps into one compiled scan.
+    would overflow, moves nothing: the loop ends with the last good λ in its state, and with its
+    `reason`. `run` of a state that has ended takes no step, and warns outside `jit`.
+
+    Options of `run`:
+
+    - `num_steps`: The number of steps.
+    - `stop`: `stop(info) -> bool` array of the `BilevelInfo` of a step; true ends the loop after it.
+      A `StopRule`, such as `patience(...)`, remembers more than one step. `run` traces the function,
+      as `jit` does: Python variables that it changes do not change from step to step.
+      Pass the same object again to avoid compiling again.
+    - `metrics`: `metrics(state) -> pytree` of arrays, of the state after each step, such as
+      `lambda state: state.lam`; `history.metrics` has them stacked.
+    - `batches`: A pytree whose leaves have a leading axis of length `num_steps`. Step i gets slice i as
+      its first data argument, before `*args`; hand a slice to `init` in the same place.
+
+    Rows of the history after the end hold infinity and zeros, with `taken` false and `reason` set.
 
     Assumed, not checked: `project` is the projection that the optimiser's updates ask for; for
     gradient descent on a convex set it is the Euclidean one.
 
-    Cost: one hypergradient update a step. Memory: the state's, and the estimator's.
+    Cost: one hypergradient update a step; none once stopped (under `vmap` a stopped loop waits, and
+    computes). Memory: the state's, the estimator's, and one `BilevelInfo` a step.
     When not to use it: for a line search that evaluates f by itself, as in `optax.lbfgs`: it asks for
     `value_fn`, which is not there.
 
@@ -100,20 +265,26 @@ def bilevel(
             applied; `None` for none.
 
     Returns:
-        The pair (`init`, `step`), a `Bilevel`.
+        The functions (`init`, `step`, `run`), a `Bilevel`.
 
     Raises:
         TypeError: An argument is not of its kind; when called, λ has a leaf that is neither array nor
-            number, or the projection changes λ's structure, shapes or dtypes.
+            number, the projection changes λ's structure, shapes or dtypes, `stop` does not return one
+            boolean computed from `info`, or `batches` have no common leading axis of `num_steps`.
+        ValueError: `num_steps` of `run` is not a positive integer.
 
     >>> import fixedgrad as fg
     >>> phi = lambda w, lam: 0.5 * w + lam
     >>> hypergrad = fg.hypergradient(
     ...     lambda w, lam: (w - 3.0) ** 2, phi, fg.picard(phi, num_steps=50), fg.aid(fg.dense()))
     >>> loop = fg.bilevel(hypergrad, optax.sgd(0.1))
-    >>> state, history = fg.run(loop, loop.init(0.0, 0.0), num_steps=20)
+    >>> state, history = loop.run(loop.init(0.0, 0.0), num_steps=20)
     >>> round(float(state.lam), 3), round(float(history.value[0]), 3)
     (1.5, 9.0)
+    >>> state, history = loop.run(
+    ...     loop.init(0.0, 0.0), num_steps=100, stop=lambda info: info.value < 1e-6)
+    >>> int(state.num_steps), fg.StopReason(int(state.reason)).name
+    (6, 'RULE')
 
     References:
         Grazzi et al., ICML 2020, section 3.2; Pedregosa, Hyperparameter optimization with
@@ -131,19 +302,18 @@ def bilevel(
 
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> BilevelState:
         check_arrays("bilevel", "lam", lam)
-        lam = strongly_typed(lam)
         hyper = hypergrad.init(w0, lam, *args, **kwargs)
-        return BilevelState(
-            lam,
-            hyper,
-            strongly_typed(full.init(partition(lam)[0])),
-            jnp.int32(0),
-            jnp.asarray(False),
-        )
+        if any(map(is_weak, jax.tree.leaves(lam))):  # Python numbers, as wide as w: known only now.
+            lam = settled_lam(lam, hyper.w)
+            hyper = hypergrad.init(w0, lam, *args, **kwargs)
+        lam = strongly_typed(lam)
+        optimizer_state = strongly_typed(full.init(partition(lam)[0]))
+        running = jnp.int32(StopReason.RUNNING)
+        return BilevelState(owned(lam), hyper, owned(optimizer_state), jnp.int32(0), running)
 
     def step(
         state: BilevelState, /, *args: PyTree, **kwargs: PyTree
-    ) -> tuple[BilevelState, Record]:
+    ) -> tuple[BilevelState, BilevelInfo]:
         grad, hyper = hypergrad.update(state.hypergrad, state.lam, *args, **kwargs)
         finite = jnp.isfinite(norm(grad))
         # The optimiser sees what has a gradient; `None` stands for integers and keys.
@@ -158,77 +328,124 @@ def bilevel(
             projected = project(lam)
             check_same("bilevel", projected, lam, "`project(lam)`", "`lam`")
             lam = projected
-        finite &= _stays_finite(state.lam, lam)
-        lam, optimizer_state = optax.tree.where(
-            finite, (lam, optimizer_state), (state.lam, state.optimizer)
-        )
         lower, linear = hyper.info
-        nothing = jnp.full_like(lower.residual, jnp.nan)
-        record = Record(
-            hyper.value,
-            norm(grad),
-            lower.residual,
-            nothing if linear is None else linear.residual,
-            lower.num_steps,
-            jnp.int32(0) if linear is None else linear.num_steps,
-            jnp.asarray(True),
+        stays = _stays_finite(state.lam, lam)
+        reason = jnp.int32(StopReason.RUNNING)
+        for holds, otherwise in (
+            (stays, StopReason.OVERFLOW),
+            (finite, StopReason.NON_FINITE),
+            (finite | (linear is None or ~failed(linear)), StopReason.LINEAR_FAILED),
+            (finite | ~failed(lower), StopReason.LOWER_FAILED),
+        ):
+            reason = jnp.where(holds, reason, jnp.int32(otherwise))
+        taken = finite & stays
+        lam, optimizer_state = optax.tree.where(
+            taken, (lam, optimizer_state), (state.lam, state.optimizer)
         )
-        return BilevelState(lam, hyper, optimizer_state, state.num_steps + 1, ~finite), record
+        nothing = jnp.full_like(lower.residual, jnp.inf)
+        info = BilevelInfo(
+            value=hyper.value,
+            gradient_norm=norm(grad),
+            lower_residual=lower.residual,
+            linear_residual=nothing if linear is None else linear.residual,
+            lower_steps=lower.num_steps,
+            linear_steps=jnp.int32(0) if linear is None else linear.num_steps,
+            lower_status=jnp.asarray(lower.status, jnp.int32),
+            linear_status=jnp.int32(0 if linear is None else linear.status),
+            taken=taken,
+            reason=reason,
+        )
+        num_steps = state.num_steps + taken.astype(jnp.int32)
+        return BilevelState(lam, hyper, optimizer_state, num_steps, reason, state.memory), info
 
-    return Bilevel(init, step)
+    # A program of its own for each loop, not of the module: it is to go when the loop goes.
+    scan = jax.jit(functools.partial(_scan, step), static_argnums=(0, 1, 2))
+
+    def run(
+        state: BilevelState,
+        /,
+        *args: PyTree,
+        num_steps: int,
+        stop: Callable[[BilevelInfo], jax.Array] | StopRule | None = None,
+        metrics: Callable[[BilevelState], PyTree] | None = None,
+        batches: PyTree = None,
+        **kwargs: PyTree,
+    ) -> tuple[BilevelState, BilevelInfo]:
+        check_count("run", "num_steps", num_steps)
+        if metrics is not None:
+            check_callable("run", "metrics", metrics, "metrics(state) -> pytree of arrays")
+        for x in jax.tree.leaves(batches):
+            if jnp.shape(x)[:1] != (num_steps,):
+                raise TypeError(
+                    f"`batches` of `run` must have a leading axis of length `num_steps`={num_steps} in "
+                    f"every leaf, got {shapes_of(batches)}; data for all steps go into `*args`."
+                )
+        _warn_if_ended(state)
+        memory: PyTree = ()
+        if isinstance(stop, StopRule):
+            memory = strongly_typed(stop.init())
+            stop = stop.update
+        elif stop is not None:
+            check_callable("run", "stop", stop, "stop(info) -> bool array")
+            stop = _Forgetful(stop)
+        if shapes_of(state.memory) != shapes_of(memory):  # Another rule, or the first run.
+            state = state._replace(memory=memory)
+        return scan(stop, metrics, num_steps, state, batches, args, kwargs)
+
+    return Bilevel(init, step, run)
 
 
-def run(
-    loop: Bilevel,
-    state: BilevelState,
-    /,
-    *args: PyTree,
-    num_steps: int,
-    stop: Callable[[Record], jax.Array] | None = None,
-    **kwargs: PyTree,
-) -> tuple[BilevelState, Record]:
-    """`num_steps` outer steps in one jitted `lax.scan`, with their history.
+@printed
+def patience(*, num_steps: int, rtol: Scalar = 0.0, atol: Scalar = 0.0) -> StopRule:
+    """Ends the outer loop where f has not improved for `num_steps` steps.
 
-    Called again with the same loop and shapes it does not compile again, so a long run is a Python
-    loop over chunks, with a progress bar and a checkpoint of the state between them.
+    An improvement is a value below the best so far by more than max(rtol · |best|, atol).
 
-    Cost: `num_steps` outer steps; none once stopped (under `vmap` a stopped loop waits, and
-    computes).
-    Memory: the state's, the estimator's, and one `Record` a step.
-    When not to use it: for a new batch of data at each step, as all steps get the same `args`; scan
-    over `loop.step` there. For a loop or a `stop` made anew for each call, which compiles anew.
+    Cost: two numbers in the state of the loop.
+    When not to use it: where f is noisy (`batches`) and one lucky batch may set the best value.
 
     Args:
-        loop: The result of `bilevel`.
-        state: Its state.
-        *args: Data, passed on to outer objective, Φ and solver after λ.
-        num_steps: The number of steps.
-        stop: `stop(record) -> bool` array; true ends the loop after that step. Pass the same function
-            object again to avoid compiling again.
-        **kwargs: More data.
+        num_steps: So many steps in a row without an improvement end the loop.
+        rtol: What counts as an improvement, relative to the best value.
+        atol: What counts as an improvement.
 
     Returns:
-        The state after the steps, and a `Record` of arrays with one row for each step. Rows with
-        `taken` false, after an early stop, hold NaN and zeros.
+        A `StopRule`, for `stop` of a loop's `run`; the same one for the same numbers.
 
     Raises:
-        TypeError: `stop` is not a function, or does not return one boolean.
-        ValueError: `num_steps` is not a positive integer.
+        ValueError: `num_steps` is not a positive integer, `rtol` not in [0, 1), `atol` negative.
 
-    >>> import fixedgrad as fg
-    >>> phi = lambda w, lam: 0.5 * w + lam
-    >>> hypergrad = fg.hypergradient(
-    ...     lambda w, lam: (w - 3.0) ** 2, phi, fg.picard(phi, num_steps=50), fg.aid(fg.dense()))
-    >>> loop = fg.bilevel(hypergrad, optax.sgd(0.1))
-    >>> state, history = fg.run(
-    ...     loop, loop.init(0.0, 0.0), num_steps=100, stop=lambda record: record.value < 1e-6)
-    >>> int(state.num_steps), int(history.taken.sum())
-    (6, 6)
+    >>> rule = patience(num_steps=2)
+    >>> memory, stops = rule.init(), []
+    >>> for value in (3.0, 2.0, 2.5, 2.0):
+    ...     memory, stop = rule.update(memory, BilevelInfo(value, *range(9)))
+    ...     stops.append(bool(stop))
+    >>> stops
+    [False, False, False, True]
+
+    References:
+        Prechelt, Early Stopping — But When?, in Neural Networks: Tricks of the Trade, 1998.
     """
-    check_count("run", "num_steps", num_steps)
-    if stop is not None:
-        check_callable("run", "stop", stop, "stop(record) -> bool array")
-    return _scan(loop, stop, num_steps, state, args, kwargs)
+    check_count("patience", "num_steps", num_steps)
+    check_number("patience", "rtol", rtol, lambda x: 0 <= x < 1, "a number in [0, 1)")
+    check_number("patience", "atol", atol, lambda x: 0 <= x < jnp.inf, "a finite number >= 0")
+    return _patience(int(num_steps), float(rtol), float(atol))
+
+
+@functools.lru_cache  # Of numbers alone: a rule made anew for each call does not compile anew.
+def _patience(num_steps: int, rtol: float, atol: float) -> StopRule:
+    def init() -> PyTree:
+        return jnp.asarray(jnp.inf, float), jnp.int32(0)
+
+    def update(memory: PyTree, info: BilevelInfo) -> tuple[PyTree, jax.Array]:
+        best, waited = memory
+        value = jnp.asarray(info.value, best.dtype)
+        scale = jnp.abs(jnp.where(jnp.isfinite(best), best, 0.0))
+        better = value < best - jnp.maximum(rtol * scale, atol)
+        waited = jnp.where(better, 0, waited + 1).astype(jnp.int32)
+        return (jnp.where(better, value, best), waited), waited >= num_steps
+
+    return StopRule(init, update)
 
 
 def _stays_finite(before: PyTree, after: PyTree) -> jax.Array:
@@ -238,33 +455,86 @@ def _stays_finite(before: PyTree, after: PyTree) -> jax.Array:
     return jnp.all(jnp.stack(kept))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _warn_if_ended(state: BilevelState) -> None:
+    """Warns, where numbers can be looked at, that no step will be taken; `TypeError` for no state."""
+    if not isinstance(state, BilevelState):
+        raise TypeError(
+            f"`state` of `run` must be what `init` or the last `run` returned, got {show(state)}."
+        )
+    looked_at = not isinstance(state.reason, Tracer) and jnp.ndim(state.reason) == 0
+    if not looked_at or int(state.reason) == StopReason.RUNNING:
+        return
+    reason = StopReason(int(state.reason))
+    warnings.warn(
+        f"`run` was given a loop that has ended ({reason.name}, after {int(state.num_steps)} steps): "
+        "no step is taken. Go on from its λ with a new state, `init(w0, state.lam)`, or despite all "
+        "with `state._replace(reason=jax.numpy.int32(0))`.",
+        LoopStoppedWarning,
+        stacklevel=3,
+    )
+
+
+class _Forgetful(NamedTuple):
+    """A function `stop(info)` in the shape of `StopRule.update`; equal where the functions are."""
+
+    stop: Callable[[BilevelInfo], jax.Array]
+
+    def __call__(self, memory: PyTree, info: BilevelInfo) -> tuple[PyTree, jax.Array]:
+        with hint(jax.errors.UnexpectedTracerError, text=lambda: _TRACED_ONCE):
+            # Each time by another name, or JAX would remember the first trace.
+            traces = [str(jax.make_jaxpr(lambda x: self.stop(x))(info)) for _ in range(2)]
+            now = self.stop(info)
+        # A closure that counts calls, or keeps a best value, is not the same function the second time.
+        if traces[0] != traces[1] or isinstance(now, bool):
+            raise TypeError(
+                f"`stop` of `run` must compute its answer from `info` alone, got {show(self.stop)}, "
+                f"which does not. {_TRACED_ONCE}"
+            )
+        return memory, now
+
+
+_TRACED_ONCE = (
+    "`run` traces `stop`, as `jit` does: Python variables that it changes do not change from step to "
+    "step. Let it remember in the state: `patience(...)`, or a `StopRule(init, update)` of your own."
+)
+
+
 def _scan(
-    loop: Bilevel,
-    stop: Callable[[Record], jax.Array] | None,
+    step: Callable[..., tuple[BilevelState, BilevelInfo]],
+    stop: Callable[[PyTree, BilevelInfo], tuple[PyTree, jax.Array]] | None,
+    metrics: Callable[[BilevelState], PyTree] | None,
     num_steps: int,
     state: BilevelState,
+    batches: PyTree,
     args: PyTree,
     kwargs: PyTree,
-) -> tuple[BilevelState, Record]:
-    _, record_like = jax.eval_shape(lambda s: loop.step(s, *args, **kwargs), state)
-
-    def take(state: BilevelState) -> tuple[BilevelState, Record]:
-        state, record = loop.step(state, *args, **kwargs)
+) -> tuple[BilevelState, BilevelInfo]:
+    def take(state: BilevelState, batch: PyTree) -> tuple[BilevelState, BilevelInfo]:
+        data = args if batches is None else (batch, *args)
+        state, info = step(state, *data, **kwargs)
+        if metrics is not None:
+            info = info._replace(metrics=jax.tree.map(jnp.asarray, metrics(state)))
         if stop is not None:
-            now = jnp.asarray(stop(record))
+            memory, now = stop(state.memory, info)
+            now = jnp.asarray(now)
             if now.shape != () or now.dtype != jnp.bool_:
                 raise TypeError(
                     f"`stop` of `run` must return one boolean, got {shapes_of(now)}; compare, as in "
-                    "`record.value < 1e-6`."
+                    "`info.value < 1e-6`."
                 )
-            state = state._replace(stopped=state.stopped | now)
-        return state, record
+            going = state.reason == int(StopReason.RUNNING)
+            reason = jnp.where(going & now, jnp.int32(StopReason.RULE), state.reason)
+            state = state._replace(reason=reason, memory=memory)
+            info = info._replace(reason=reason)
+        return state, info
 
-    def skip(state: BilevelState) -> tuple[BilevelState, Record]:
-        return state, blank(record_like)
+    first = jax.tree.map(operator.itemgetter(0), batches)
+    _, info_like = jax.eval_shape(take, state, first)
 
-    def body(state: BilevelState, _: None) -> tuple[BilevelState, Record]:
-        return lax.cond(state.stopped, skip, take, state)
+    def skip(state: BilevelState, _: PyTree) -> tuple[BilevelState, BilevelInfo]:
+        return state, blank(info_like)._replace(reason=state.reason)
 
-    return lax.scan(body, state, None, length=num_steps)
+    def body(state: BilevelState, batch: PyTree) -> tuple[BilevelState, BilevelInfo]:
+        return lax.cond(state.stopped, skip, take, state, batch)
+
+    return lax.scan(body, state, batches, length=num_steps)

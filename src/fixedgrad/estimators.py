@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .printing import printed
 from .realify import Space
 from .types import (
     Backward,
@@ -43,6 +44,7 @@ _REVERSE_ITD = (
 )
 
 
+@printed
 def itd() -> Estimator:
     """Iterative differentiation: the derivative of the solver's own iterations.
 
@@ -97,6 +99,7 @@ def itd() -> Estimator:
     return Estimator(fwd, bwd, jvp, "unroll")
 
 
+@printed
 def truncated_itd(*, num_steps: int) -> Estimator:
     """Truncated iterative differentiation: k more steps of Φ, and only these are differentiated.
 
@@ -165,6 +168,7 @@ def truncated_itd(*, num_steps: int) -> Estimator:
     return Estimator(fwd, bwd, jvp, "reverse")
 
 
+@printed
 def aid(linear_solver: LinearSolver) -> Estimator:
     """Approximate implicit differentiation: a linear system at the last iterate.
 
@@ -272,7 +276,9 @@ def forward(estimator: Estimator) -> Estimator:
         Linearize Once: Tangents Transpose to Gradients, POPL 2023.
     """
     check_estimator("forward", estimator)
-    return estimator if estimator.mode == "unroll" else estimator._replace(mode="forward")
+    if estimator.mode == "unroll":
+        return estimator
+    return estimator._replace(mode="forward", name=f"forward({estimator!r})")
 
 
 def check_estimator(where: str, estimator: object) -> None:

@@ -17,11 +17,13 @@ from .packing import (
     check_arrays,
     check_phi,
     eval_shape,
+    owned,
     partition,
     split_lam,
-    strongly_typed,
+    started,
     zeros_like_inexact,
 )
+from .printing import count, member, number, printed, record, shapes_in, values_of
 from .types import (
     Estimator,
     LinearSolver,
@@ -32,10 +34,12 @@ from .types import (
     PyTree,
     SolveInfo,
     Solver,
+    Status,
     check_callable,
     check_same,
     check_scalar,
     failed,
+    shapes_of,
     show,
 )
 
@@ -51,7 +55,7 @@ class HypergradientState(NamedTuple):
     """What the next update needs, and what a person wants to see of the last one.
 
     Attributes:
-        value: f = E(w, λ) at the last update; NaN before the first.
+        value: f = E(w, λ) at the last update; infinite before the first.
         w: The lower-level iterate; the starting point before the first update.
         v: The solution of (I − Jᵀ) v = ∇₁E; zero before, `None` where the estimator has none.
         info: `HypergradientInfo` of the last update.
@@ -68,6 +72,22 @@ class HypergradientState(NamedTuple):
     num_updates: jax.Array
     certificate: Any = None
 
+    def __repr__(self) -> str:
+        stages = () if self.info is None else tuple(x for x in self.info if x is not None)
+        known = values_of(self.value, self.num_updates, *(x.status for x in stages))
+        if known is None or max(x.ndim for x in known):
+            return shapes_in(self)
+        value, num_updates, *statuses = known
+        names = zip(("lower", "linear"), statuses, strict=False)
+        return record(
+            self,
+            count(num_updates, "update"),
+            f"f {number(value)}",
+            f"w {shapes_of(self.w)}",
+            *(f"{stage} {member(Status, status)}" for stage, status in names),
+            *(() if self.certificate is None else (repr(self.certificate),)),
+        )
+
 
 class Hypergradient(NamedTuple):
     """The pair of pure functions of the explicit form.
@@ -77,12 +97,17 @@ class Hypergradient(NamedTuple):
         update: `update(state, lam, *args, **kwargs) -> (grad, state)`.
         outer: E, for transformations such as `certified`.
         phi: Φ, for the same.
+        name: How it prints: as the call that made it.
     """
 
     init: Callable[..., HypergradientState]
     update: Callable[..., tuple[PyTree, HypergradientState]]
     outer: Outer
     phi: Phi
+    name: str = "Hypergradient(...)"
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 class Start(NamedTuple):
@@ -92,13 +117,19 @@ class Start(NamedTuple):
         init: `init(w0, v_zero) -> memory`; `v_zero` is `None` where the estimator has no v.
         propose: `propose(memory) -> (w, v)`; `None` for v starts at zero.
         record: `record(memory, w, v) -> memory`, called with results of solves that succeeded.
+        name: How it prints: as the call that made it.
     """
 
     init: Callable[[PyTree, PyTree], PyTree]
     propose: Callable[[PyTree], tuple[PyTree, PyTree | None]]
     record: Callable[[PyTree, PyTree, PyTree], PyTree]
+    name: str = "Start(...)"
+
+    def __repr__(self) -> str:
+        return self.name
 
 
+@printed
 def cold() -> Start:
     """Every update starts at w₀ and at v = 0, as in the paper's analysis.
 
@@ -117,6 +148,7 @@ def cold() -> Start:
 _COLD = cold()
 
 
+@printed
 def warm() -> Start:
     """Every update starts at the w and v of the last one that succeeded.
 
@@ -140,6 +172,7 @@ def warm() -> Start:
     return Start(lambda w0, v: (w0, v), lambda memory: memory, record)
 
 
+@printed
 def hypergradient(
     outer: Outer,
     phi: Phi,
@@ -261,22 +294,23 @@ def hypergradient(
         lost = failed(lower)
         if back.info is not None:
             lost |= failed(back.info)
-        memory = optax.tree.where(lost, state.memory, start.record(state.memory, w, v))
+        # Of their own, where `record` kept w and v: outside `jit` they would be the same buffers.
+        recorded = owned(start.record(state.memory, w, v))
+        memory = optax.tree.where(lost, state.memory, recorded)
         info = HypergradientInfo(lower, back.info)
         return join_gradient(grad), HypergradientState(
             value, w, v, info, memory, state.num_updates + 1, state.certificate
         )
 
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
-        check_arrays("hypergradient", "w0", w0)
-        w0 = strongly_typed(w0)
+        w0 = started("hypergradient", phi, w0, (lam, *args), kwargs)
         memory = start.init(w0, zeros_like_inexact(w0))
         start_state = HypergradientState(jnp.nan, w0, None, None, memory, jnp.int32(0))  # pyright: ignore
         shapes = eval_shape(lambda *a, **k: update(*a, **k)[1], start_state, lam, *args, **kwargs)
         check_same("hypergradient", w0, shapes.w, "`w0`", SOLVED)
         value, info = blank((shapes.value, shapes.info))
         v = None if shapes.v is None else zeros_like_inexact(w0)
-        return HypergradientState(value, w0, v, info, memory, jnp.int32(0))
+        return owned(HypergradientState(value, w0, v, info, memory, jnp.int32(0)))
 
     return Hypergradient(init, update, outer, phi)
 

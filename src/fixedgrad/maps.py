@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from .packing import fresh
+from .printing import printed
 from .realify import steepest_ascent
 from .types import Phi, PyTree, Scalar, check_callable, check_number, check_scalar, shapes_of
 
@@ -42,6 +43,7 @@ class HeavyBallConstants(NamedTuple):
     q: jax.Array
 
 
+@printed
 def gradient_descent(loss: Loss, *, step_size: StepSize) -> Phi:
     """Gradient descent: Φ(w, λ) = w − α ∇₁ℓ(w, λ).
 
@@ -87,6 +89,7 @@ def gradient_descent(loss: Loss, *, step_size: StepSize) -> Phi:
     return phi
 
 
+@printed
 def heavy_ball(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
     """Heavy ball: Φ((w, w₋), λ) = (w − α ∇₁ℓ(w, λ) + β (w − w₋), w).
 
@@ -136,6 +139,7 @@ def heavy_ball(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
     return phi
 
 
+@printed
 def nesterov(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
     """Nesterov's method with constant momentum: y = w + β (w − w₋), Φ = (y − α ∇₁ℓ(y, λ), w).
 
@@ -183,6 +187,7 @@ def nesterov(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
     return phi
 
 
+@printed
 def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Phi:
     """Proximal gradient: Φ(w, λ) = prox_{αg(·, λ)}(w − α ∇₁ℓ(w, λ)), for min ℓ + g.
 
@@ -232,6 +237,7 @@ def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Phi:
     return phi
 
 
+@printed
 def damped(phi: Phi, *, damping: Scalar) -> Phi:
     """The damped map: Φ_δ(w, λ) = δ w + (1 − δ) Φ(w, λ), with the fixed points of Φ.
 

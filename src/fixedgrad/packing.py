@@ -190,10 +190,13 @@ def split_lam(
 
 
 def blank(shapes: PyTree) -> PyTree:
-    """Arrays that hold nothing yet, from their shapes: NaN where inexact, else zero."""
+    """Arrays that hold nothing yet, from their shapes: infinity where inexact, else zero.
+
+    Not NaN: whoever hunts one by `jax.debug_nans` is not to be stopped where nothing is wrong.
+    """
 
     def nothing(s: jax.ShapeDtypeStruct) -> jax.Array:
-        return jnp.full(s.shape, jnp.nan if is_inexact(s) else 0, s.dtype)
+        return jnp.full(s.shape, jnp.inf if is_inexact(s) else 0, s.dtype)
 
     return jax.tree.map(nothing, shapes)
 
@@ -217,16 +220,59 @@ def zeros_like_inexact(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.zeros_like(x) if is_inexact(x) else x, tree)
 
 
-def strongly_typed(tree: PyTree) -> PyTree:
-    """Arrays without weak types, as loops carry them at both ends; other leaves as they are."""
+def strongly_typed(tree: PyTree, like: PyTree = None) -> PyTree:
+    """Arrays without weak types, as loops carry them at both ends; other leaves as they are.
 
-    def strong(x: Any) -> Any:
+    A leaf of weak type, such as a Python number, takes the dtype of its counterpart in `like`, as it
+    would in arithmetic: `0.0` beside float32 is float32, also where 64-bit numbers are enabled.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    alike = like is not None and jax.tree.structure(like) == treedef
+
+    def strong(x: Any, like: Any) -> Any:
         if not _is_array(x):
             return x
-        x = jnp.asarray(x)
-        return lax.convert_element_type(x, x.dtype) if is_inexact(x) else x
+        dtype = jnp.result_type(x)
+        if is_weak(x) and like is not None and jnp.issubdtype(like.dtype, jnp.number):
+            with jax.numpy_dtype_promotion("standard"):  # A complex number beside real ones, too.
+                dtype = jnp.result_type(x, like.dtype)
+        elif not is_inexact(x):
+            return jnp.asarray(x)
+        return lax.convert_element_type(jnp.asarray(x), dtype)
 
-    return jax.tree.map(strong, tree)
+    likes = jax.tree.leaves(like) if alike else [None] * len(leaves)
+    return treedef.unflatten([strong(x, y) for x, y in zip(leaves, likes, strict=True)])
+
+
+def started(where: str, phi: Phi, w0: PyTree, args: PyTree, kwargs: PyTree) -> PyTree:
+    """`w0` as strongly typed arrays; a Python number in it takes the dtype that Φ gives it."""
+    check_arrays(where, "w0", w0)
+    image = None
+    if any(map(is_weak, jax.tree.leaves(w0))):
+        with phi_hint(where, w0, args, kwargs):
+            image = eval_shape(phi, w0, *args, **kwargs)
+    return strongly_typed(w0, image)
+
+
+def settled_lam(lam: PyTree, w: PyTree) -> PyTree:
+    """`lam` as strongly typed arrays; a Python number in it is as wide as the widest leaf of `w`."""
+    dtypes = [jnp.finfo(jnp.result_type(x)).dtype for x in jax.tree.leaves(w) if is_inexact(x)]
+    if not dtypes:
+        return strongly_typed(lam)
+    widest = jax.ShapeDtypeStruct((), max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits))
+    return strongly_typed(lam, jax.tree.map(lambda x: widest if is_inexact(x) else x, lam))
+
+
+def is_weak(leaf: Any) -> bool:
+    """Whether a number or array is of weak type: it gives way to the dtype of what it meets."""
+    if isinstance(leaf, int | float | complex):
+        return not isinstance(leaf, bool | np.generic)
+    return getattr(leaf, "weak_type", False)
+
+
+def owned(tree: PyTree) -> PyTree:
+    """Copies of all arrays: a state whose leaves are nobody else's, nor one another, can be donated."""
+    return jax.tree.map(lambda x: jnp.copy(x) if _is_array(x) else x, tree)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -81,7 +81,7 @@ def largest(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def steady(step: Callable[[Any], Any], carry: Any) -> tuple[Callable[[Any], Any], Any]:
-    """The step and the start of a loop, each leaf of the carry typed as varying where a step makes it so.
+    """The step and the start of a loop, each leaf of the carry typed as varying where a step makes it.
 
     In a `shard_map` a loop must keep the types of what it carries, and most starts vary over nothing.
     """

@@ -40,34 +40,35 @@ class Status(enum.IntEnum):
 
     Up to `AT_FLOOR` the result is what was asked for; from `NO_PROGRESS` on the solve failed, and
     `on_failure` decides what becomes of derivatives that depend on it.
+
+    - `NOT_RUN`: Nothing was solved yet (the state before the first update).
+    - `CONVERGED`: The true residual meets the tolerance.
+    - `FIXED_STEPS`: Exactly `num_steps` steps were taken, as asked; their accuracy is not judged.
+    - `AT_FLOOR`: The tolerance lies below what the dtype can resolve; the residual is at that floor.
+    - `NO_PROGRESS`: Exactly `num_steps` steps, after which the residual is as large as before them:
+      ρ(J) ≥ 1, a cycle, or stagnation. The result is no better than none.
+    - `MAX_STEPS`: `max_steps` steps, or stagnation, short of the tolerance.
+    - `DIVERGED`: Short of the tolerance, with a residual larger than at the start: ρ(J) ≥ 1?
+    - `INDEFINITE`: `cg` met a direction with pᵀ(I − M)p < 0: I − M is not positive definite.
+    - `NOT_SYMMETRIC`: `cg` was given a matrix M that is not symmetric.
+    - `SINGULAR`: I − M is singular to working precision.
+    - `NON_FINITE`: NaN or infinity in the products, the right-hand side or the iterates.
+    - `NOT_FIXED`: Φ(w) is nothing like w at the w that a solver without a tolerance returned: is `phi`
+      the function F whose root is sought? Then Φ = w − F.
     """
 
     NOT_RUN = 0
-    """Nothing was solved yet (the state before the first update)."""
     CONVERGED = 1
-    """The true residual meets the tolerance."""
     FIXED_STEPS = 2
-    """Exactly `num_steps` steps were taken, as asked; their accuracy is not judged."""
     AT_FLOOR = 3
-    """The tolerance lies below what the dtype can resolve; the residual is at that floor."""
     NO_PROGRESS = 4
-    """Exactly `num_steps` steps, after which the residual is as large as before the first: ρ(J) ≥ 1, a
-    cycle, or stagnation. The result is no better than none."""
     MAX_STEPS = 5
-    """`max_steps` steps, or stagnation, short of the tolerance."""
     DIVERGED = 6
-    """Short of the tolerance, with a residual larger than at the start: ρ(J) ≥ 1?"""
     INDEFINITE = 7
-    """`cg` met a direction with pᵀ(I − M)p < 0: I − M is not positive definite."""
     NOT_SYMMETRIC = 8
-    """`cg` was given a matrix M that is not symmetric."""
     SINGULAR = 9
-    """I − M is singular to working precision."""
     NON_FINITE = 10
-    """NaN or infinity in the products, the right-hand side or the iterates."""
     NOT_FIXED = 11
-    """Φ(w) is nothing like w at the w that a solver without a tolerance returned: is `phi` the function
-    F whose root is sought? Then Φ = w − F."""
 
 
 def is_failure(status: jax.Array) -> jax.Array:
@@ -101,6 +102,28 @@ class SolveInfo(NamedTuple):
     converged: jax.Array
     status: Any = 0
     tolerance: Any = 0.0
+
+    def __repr__(self) -> str:
+        from . import printing  # Which shows shapes by `shapes_of`, below.
+
+        known = printing.values_of(*self)
+        if known is None:
+            return printing.shapes_in(self)
+        num_steps, residual, converged, status, tolerance = known
+        unnamed = {True: "converged", False: "NOT_RUN"}
+        names = [
+            printing.member(Status, s) if s else unnamed[bool(c)]
+            for s, c in zip(
+                *(x.ravel() for x in np.broadcast_arrays(status, converged)), strict=True
+            )
+        ]
+        if max(x.ndim for x in known):
+            return printing.record(self, printing.tally("solve", names))
+        text = f"residual {printing.number(residual)}"
+        if tolerance > 0:
+            sign = "<=" if residual <= tolerance else ">"
+            text += f" {sign} {printing.number(tolerance)}"
+        return printing.record(self, f"{names[0]} after {printing.count(num_steps, 'step')}", text)
 
 
 def solve_info(
@@ -175,6 +198,7 @@ class Estimator(NamedTuple):
             `jax.custom_jvp`, from which JAX derives the reverse mode by transposition.
         traced: Whether the functions close over traced values (a tolerance). The decorated solver
             then belongs to that trace, and has no `jit` of its own.
+        name: How it prints: as the call that made it.
     """
 
     fwd: Callable[..., tuple[PyTree, PyTree, PyTree]]
@@ -182,6 +206,10 @@ class Estimator(NamedTuple):
     jvp: Callable[..., Forward]
     mode: Literal["unroll", "reverse", "forward"]
     traced: bool = False
+    name: str = "Estimator(...)"
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 class Stopping(NamedTuple):
@@ -330,6 +358,8 @@ def shapes_of(tree: PyTree) -> str:
     """One line with the shapes and dtypes of a pytree, such as `{'a': float32[3]}`."""
 
     def leaf(x: Any) -> str:
+        if isinstance(x, _Bare):
+            return x
         if not hasattr(x, "dtype"):
             x = jnp.asarray(x) if _is_numeric(x) or isinstance(x, bool | complex) else x
         if not hasattr(x, "dtype"):

@@ -10,7 +10,16 @@ from jax import lax
 
 from ..failure import check_on_failure, enforce
 from ..hypergradient import Hypergradient, HypergradientInfo, HypergradientState, check_state
-from ..packing import blank, check_arrays, eval_shape, partition, strongly_typed, zeros_like_inexact
+from ..packing import (
+    blank,
+    eval_shape,
+    owned,
+    partition,
+    settled_lam,
+    started,
+    zeros_like_inexact,
+)
+from ..printing import printed
 from ..realify import norm
 from ..types import (
     LinearSolver,
@@ -37,6 +46,7 @@ tree = optax.tree
 _MAX_ROUNDS = 20
 
 
+@printed
 def adaptive_hypergradient(
     outer: Outer,
     phi: Phi,
@@ -200,15 +210,16 @@ def adaptive_hypergradient(
         )
 
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
-        check_arrays(where, "w0", w0)
-        w0, lam = strongly_typed((w0, lam))
+        w0 = started(where, phi, w0, (lam, *args), kwargs)
+        lam = settled_lam(lam, w0)
         memory = w0, zeros_like_inexact(w0)
         nothing: Any = None
         state = HypergradientState(nothing, w0, nothing, nothing, memory, jnp.int32(0))
         _, shapes = eval_shape(update, state, lam, *args, **kwargs)
         # Not w, v and the memory: they may hold keys, and are known.
         info, certificate, value = blank((shapes.info, shapes.certificate, shapes.value))
-        return HypergradientState(value, w0, memory[1], info, memory, jnp.int32(0), certificate)
+        state = HypergradientState(value, w0, memory[1], info, memory, jnp.int32(0), certificate)
+        return owned(state)
 
     return Hypergradient(init, update, outer, phi)
 

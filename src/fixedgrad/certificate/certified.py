@@ -9,6 +9,7 @@ from jax import lax
 
 from ..hypergradient import Hypergradient, HypergradientState
 from ..packing import blank, eval_shape
+from ..printing import printed
 from ..realify import norm
 from ..types import PyTree, check_count
 from .certify import Certificate, certify
@@ -16,6 +17,7 @@ from .certify import Certificate, certify
 tree = optax.tree
 
 
+@printed
 def certified(hypergrad: Hypergradient, *, every: int = 1, **options: Any) -> Hypergradient:
     """The same hypergradient, with a `Certificate` in its state, renewed every `every` updates.
 
@@ -47,6 +49,7 @@ def certified(hypergrad: Hypergradient, *, every: int = 1, **options: Any) -> Hy
     return _with_certificate("certified", hypergrad, every, options, lambda grad, _: grad)
 
 
+@printed
 def polished(hypergrad: Hypergradient, **options: Any) -> Hypergradient:
     """The corrected hypergradient g⁺ instead of ĝ, with its `Certificate` in the state.
 
@@ -95,7 +98,7 @@ def _with_certificate(
             f"`hypergrad` of `{where}` must be the result of `hypergradient(...)`, got {hypergrad!r}."
         )
     check_count(where, "every", every)
-    inner_init, inner_update, outer, phi = hypergrad
+    inner_init, inner_update, outer, phi, _ = hypergrad
 
     def answer(
         grad: PyTree, state: HypergradientState, lam: PyTree, *args: PyTree, **kwargs: PyTree

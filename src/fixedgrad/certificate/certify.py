@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .. import printing
 from ..bounds import Constants
 from ..packing import partition, split_lam, split_static
 from ..realify import norm
@@ -94,6 +95,21 @@ class Certificate(NamedTuple):
     reason: jax.Array
     at_floor: jax.Array
     level: jax.Array
+
+    def __repr__(self) -> str:
+        known = printing.values_of(self.relative_error, self.valid, self.reason, self.level)
+        if known is None:
+            return printing.shapes_in(self)
+        error, valid, reason, level = known
+        unnamed = {True: "valid", False: "none yet"}
+        names = [
+            printing.member(Reason, r) if r else unnamed[bool(v)]
+            for r, v in zip(reason.ravel(), valid.ravel(), strict=True)
+        ]
+        if reason.ndim:
+            return printing.record(self, printing.tally("certificate", names))
+        sign = "<= " if level else ""
+        return printing.record(self, f"relative error {sign}{printing.number(error)}", names[0])
 
 
 def certify(

@@ -12,7 +12,8 @@ import optax
 
 from ..estimators import check_linear_solver
 from ..linear import gmres
-from ..packing import check_arrays, check_phi, eval_shape, partition, split_lam, strongly_typed
+from ..packing import check_phi, eval_shape, partition, settled_lam, split_lam, started
+from ..printing import by_name
 from ..types import LinearSolver, Outer, Phi, PyTree, Scalar, check_callable, check_scalar, show
 
 tree = optax.tree
@@ -43,8 +44,8 @@ def pack(
     """Φ and E as functions of inexact leaves, checked."""
     check_callable(where, "outer", outer, "outer(w, lam, *args) -> scalar")
     check_callable(where, "phi", phi, "phi(w, lam, *args) -> w")
-    check_arrays(where, "w", w)
-    w, lam = strongly_typed((w, lam))
+    w = started(where, phi, w, (lam, *args), kwargs)
+    lam = settled_lam(lam, w)
     x, join_lam, join_gradient = split_lam(where, lam)
     check_phi(where, phi, w, "`w`", (lam, *args), kwargs)
     check_scalar(where, eval_shape(outer, w, lam, *args, **kwargs))
@@ -68,6 +69,7 @@ def pack(
     )
 
 
+@by_name
 def krylov(rtol: Scalar) -> LinearSolver:
     """What solves with A and Aᵀ where the caller has no wish: right for any invertible A."""
     return gmres(max_steps=1000, rtol=rtol, restart=50)

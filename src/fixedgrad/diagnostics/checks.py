@@ -40,7 +40,7 @@ class Check(NamedTuple):
     against_difference: float
     disagree: tuple[str, ...]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         verdict = (
             "all agree" if not self.disagree else "disagrees with: " + ", ".join(self.disagree)
         )

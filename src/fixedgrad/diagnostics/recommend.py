@@ -91,7 +91,7 @@ class Recommendation(NamedTuple):
     residual: float
     flops: tuple[float, float]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"recommended: {self.name}", *(f"  because {r}" for r in self.reasons)]
         lines += [f"  warning: {w}" for w in self.warnings]
         symmetric = "symmetric" if self.symmetric else "not symmetric"

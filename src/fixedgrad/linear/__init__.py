@@ -17,9 +17,9 @@ lie in its range: the answer is then one of many, and only `dense` sees it. Exac
 suffice: nothing but `info.residual` tells. ‖I − M‖ ≤ 2, as for a contraction, where a residual is
 judged to be at the floor.
 
-Along a mapped axis, of a `shard_map` or of a `vmap` with an `axis_name`, over which M has a collective,
-the system is that of all devices or elements together: norms, inner products and stopping tests are sums
-over that axis. `dense` and `from_lineax` refuse there.
+Along a mapped axis, of a `shard_map` or of a `vmap` with an `axis_name`, over which M has a
+collective, the system is that of all devices or elements together: norms, inner products and stopping
+tests are sums over that axis. `dense` and `from_lineax` refuse there.
 """
 
 from .conjugate import cg as cg

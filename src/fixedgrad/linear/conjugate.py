@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..printing import printed
 from ..replication import steady
 from ..types import LinearSolver, PyTree, Scalar, Status, is_failure, status_where, stopping
 from .frame import Correction, System, corrected, linear_solver, rounding, tree
 
 
+@printed
 def cg(
     *,
     num_steps: int | None = None,
@@ -106,6 +108,7 @@ def cg(
     return linear_solver("cg", corrected(stop, correct), stop)
 
 
+@printed
 def normal_cg(
     *,
     num_steps: int | None = None,

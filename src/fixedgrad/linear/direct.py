@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from ..printing import printed
 from ..replication import varying_alike
 from ..types import LinearSolver, PyTree, SolveInfo, Status, check_count, show, status_where
 from .frame import System, linear_solver, tree
 
 
+@printed
 def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
     """A direct solve: I − M as a matrix, by products with blocks of unit vectors, then LU.
 
@@ -71,6 +73,7 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
     return linear_solver("dense", solve, scaled=False, direct=True)
 
 
+@printed
 def from_lineax(solver: Any) -> LinearSolver:
     """Any solver of the package lineax, such as `lineax.GMRES(1e-6, 1e-6)`, as a `LinearSolver`.
 

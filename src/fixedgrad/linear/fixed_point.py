@@ -5,11 +5,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..iteration import Measured, iterate
+from ..printing import printed
 from ..replication import steady
 from ..types import LinearSolver, PyTree, Scalar, SolveInfo, Status, stopping
 from .frame import System, linear_solver, tree
 
 
+@printed
 def fp(
     *,
     num_steps: int | None = None,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..printing import printed
 from ..replication import steady
 from ..types import (
     LinearSolver,
@@ -20,6 +21,7 @@ from ..types import (
 from .frame import Correction, System, corrected, linear_solver, tree
 
 
+@printed
 def gmres(
     *,
     num_steps: int | None = None,
@@ -95,6 +97,7 @@ def gmres(
     return linear_solver("gmres", corrected(stop, correct, gain=0.99), stop)
 
 
+@printed
 def bicgstab(
     *,
     num_steps: int | None = None,

@@ -11,7 +11,8 @@ from jax import lax
 
 from ..failure import check_on_failure
 from ..iteration import verdict
-from ..packing import SOLVED, check_arrays, split_static, strongly_typed
+from ..packing import SOLVED, check_arrays, eval_shape, split_static, strongly_typed
+from ..printing import printed
 from ..realify import steepest_ascent
 from ..signatures import same_arguments
 from ..types import (
@@ -34,6 +35,7 @@ from .frame import CheckedSolver, lower_level
 tree = optax.tree
 
 
+@printed
 def checked(
     solver: Solver,
     phi: Phi,
@@ -93,6 +95,7 @@ def checked(
     return CheckedSolver(with_info, on_failure, has_tolerance=True)
 
 
+@printed
 def from_host(function: Callable[..., PyTree]) -> Solver:
     """A solver that is not JAX, such as SciPy's, called on the host with NumPy arrays.
 
@@ -155,6 +158,7 @@ def from_host(function: Callable[..., PyTree]) -> Solver:
     return on_host
 
 
+@printed
 def from_optax(
     loss: Callable[..., jax.Array],
     optimizer: optax.GradientTransformation,
@@ -196,12 +200,12 @@ def from_optax(
 
     def solver(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         check_inexact("from_optax", "w0", w0)
-        w0 = jax.tree.map(jnp.asarray, w0)
+        value = eval_shape(loss, w0, *args, **kwargs)
+        check_scalar("from_optax", value, "loss")
+        w0 = strongly_typed(w0, jax.tree.map(lambda _: value, w0))
 
         def scalar_loss(w: PyTree) -> jax.Array:
-            value = loss(w, *args, **kwargs)
-            check_scalar("from_optax", value, "loss")
-            return value
+            return loss(w, *args, **kwargs)
 
         def step(_: jax.Array, carry: Any) -> Any:
             w, state = carry

@@ -9,6 +9,7 @@ from jax import lax
 
 from ..failure import check_on_failure
 from ..iteration import Measured, Progress, first_progress, verdict
+from ..printing import printed
 from ..realify import Space, real_dtype, realified
 from ..replication import steady
 from ..types import (
@@ -27,6 +28,7 @@ from .frame import CheckedSolver, fixed_point_info, lower_level
 tree = optax.tree
 
 
+@printed
 def anderson(
     phi: Phi,
     *,

@@ -10,7 +10,7 @@ import optax
 
 from ..failure import enforce_value
 from ..iteration import Measured, joint_tolerance
-from ..packing import check_arrays, fresh, is_inexact, phi_hint, strongly_typed
+from ..packing import fresh, is_inexact, phi_hint, started
 from ..realify import Space, norm, random_rounding, realified, resolution, whole
 from ..types import (
     OnFailure,
@@ -27,7 +27,7 @@ from ..types import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CheckedSolver:
     """A lower-level solver that knows whether it succeeded.
 
@@ -37,11 +37,16 @@ class CheckedSolver:
         with_info: `(w0, *args, **kwargs) -> (w, SolveInfo)`.
         on_failure: The policy of a direct call, which has nowhere to put the info.
         has_tolerance: Whether the info says how near w is to a fixed point.
+        name: How it prints: as the call that made it.
     """
 
     with_info: Callable[..., tuple[PyTree, SolveInfo]]
     on_failure: OnFailure
     has_tolerance: bool
+    name: str = "CheckedSolver(...)"
+
+    def __repr__(self) -> str:
+        return self.name
 
     def __call__(self, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         w, info = self.with_info(w0, *args, **kwargs)
@@ -132,11 +137,11 @@ def lower_level(
     where: str, phi: Phi, w0: PyTree, args: PyTree, kwargs: PyTree, name: str = "`w0`"
 ) -> Lower:
     """The equation of one call; raises `TypeError` where Φ(w0) does not look like `w0`."""
-    check_arrays(where, name.split("`")[1], w0)
-    w0 = strongly_typed(w0)
+    phi = fresh(phi)
+    w0 = started(where, phi, w0, args, kwargs)
 
     def at(w: PyTree) -> PyTree:
-        return fresh(phi)(w, *args, **kwargs)
+        return phi(w, *args, **kwargs)
 
     with phi_hint(where, w0, args, kwargs):
         closed, image = jax.make_jaxpr(at, return_shape=True)(w0)

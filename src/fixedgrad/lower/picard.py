@@ -6,11 +6,13 @@ from jax import lax
 
 from ..failure import check_on_failure
 from ..iteration import iterate
+from ..printing import printed
 from ..replication import steady
 from ..types import OnFailure, Phi, PyTree, Scalar, SolveInfo, check_callable, stopping
 from .frame import CheckedSolver, fixed_point_info, lower_level
 
 
+@printed
 def picard(
     phi: Phi,
     *,
