@@ -104,7 +104,8 @@ def bilevel(
 
     Raises:
         TypeError: An argument is not of its kind; when called, λ has a leaf that is neither array nor
-            number, or the projection changes λ's structure, shapes or dtypes.
+            number, the projection changes λ's structure, shapes or dtypes, or the state is that of a
+            loop with another optimiser.
 
     >>> import fixedgrad as fg
     >>> phi = lambda w, lam: 0.5 * w + lam
@@ -144,6 +145,7 @@ def bilevel(
     def step(
         state: BilevelState, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[BilevelState, Record]:
+        _check_optimizer_state(full, state)
         grad, hyper = hypergrad.update(state.hypergrad, state.lam, *args, **kwargs)
         finite = jnp.isfinite(norm(grad))
         # The optimiser sees what has a gradient; `None` stands for integers and keys.
@@ -229,6 +231,18 @@ def run(
     if stop is not None:
         check_callable("run", "stop", stop, "stop(record) -> bool array")
     return _scan(loop, stop, num_steps, state, args, kwargs)
+
+
+def _check_optimizer_state(optimizer: optax.GradientTransformation, state: BilevelState) -> None:
+    """Raises `TypeError` where the state's optimiser is of another kind than this one."""
+    wanted = jax.eval_shape(optimizer.init, partition(state.lam)[0])
+    if jax.tree.structure(state.optimizer) != jax.tree.structure(wanted):
+        raise TypeError(
+            "`state` of `step` holds the state of another optimiser than that of this `bilevel`.\n"
+            f"  this optimiser's: {shapes_of(wanted)}\n"
+            f"  `state.optimizer`: {shapes_of(state.optimizer)}\n"
+            "Take the state from this loop's `init`, as in `init(w0, state.lam)`."
+        )
 
 
 def _stays_finite(before: PyTree, after: PyTree) -> jax.Array:

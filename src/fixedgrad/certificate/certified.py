@@ -98,7 +98,7 @@ def _with_certificate(
     inner_init, inner_update, outer, phi = hypergrad
 
     def answer(
-        grad: PyTree, state: HypergradientState, lam: PyTree, *args: PyTree, **kwargs: PyTree
+        grad: PyTree, state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> Certificate:
         given = grad if state.v is None else None
         return certify(

@@ -86,6 +86,8 @@ def anderson(
 
     def with_info(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
         w0 = checked_start("anderson", phi, w0, *args, **kwargs)
+        if not jax.tree.leaves(w0):  # Nothing to solve.
+            return w0, fixed_point_info(phi, 0, w0, *args, **kwargs)
         to_real, from_real = realified(w0)
 
         def image(w: PyTree) -> PyTree:
