@@ -548,15 +548,15 @@ OTHER_ROWS = [
     Row(
         "solver with its arguments in another order",
         TypeError,
-        r"`fixed_point`: the solver and `phi` get the same arguments in the same places, .*: the solver "
-        r"has \(w0, mu, lam\), `phi` has \(w, lam, mu\); give both the same order",
+        r"`fixed_point`: the solver and `phi` get the same arguments in the same places, .*: the "
+        r"solver has \(w0, mu, lam\), `phi` has \(w, lam, mu\); give both the same order",
         lambda: decorated(lambda w, lam, mu: w, lambda w0, mu, lam: w0),
     ),
     Row(
         "solver with another default",
         TypeError,
-        "`fixed_point`: the parameter `c` has the default 3.0 .* in the solver and 1.0 .* in `phi`, and "
-        "the call does not give it; give it in the call, or make the defaults equal",
+        "`fixed_point`: the parameter `c` has the default 3.0 .* in the solver and 1.0 .* in `phi`, "
+        "and the call does not give it; give it in the call, or make the defaults equal",
         lambda: decorated(lambda w, lam, c=1.0: w, lambda w0, lam, c=3.0: w0)(ONES, ONES),
     ),
     Row(

@@ -28,8 +28,8 @@ def same_arguments(
     if start == "self":
         raise TypeError(
             f"`{where}`: the solver's first argument must be w0, got the method {show(solver)}, whose "
-            "first is `self`. Decorate within a method, as in `fixed_point(phi, estimator)(self.solve)`: "
-            "there `self` is bound."
+            "first is `self`. Decorate within a method, as in "
+            "`fixed_point(phi, estimator)(self.solve)`: there `self` is bound."
         )
     here, there = _positions(ours), _positions(theirs)
     shared = [name for name in ours if name in theirs and not name.startswith("_")]
