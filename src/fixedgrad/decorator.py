@@ -60,9 +60,10 @@ _FORWARD_MODE = (
     "`fixedgrad.forward(estimator)`."
 )
 _FORWARD_PHI = (
-    "`fixed_point` differentiates `phi` in forward mode here, as `forward(...)`, `itd()` in a `jvp` and "
-    "second derivatives of `aid` do, and a `jax.custom_vjp` in `phi` does not allow it: decorate a solver in `phi` with "
-    "`fixedgrad.forward(...)` of its estimator, and write a function as a `jax.custom_jvp`."
+    "`fixed_point` differentiates `phi` in forward mode here, as `forward(...)`, `itd()` in a `jvp` "
+    "and second derivatives of `aid` do, and a `jax.custom_vjp` in `phi` does not allow it: decorate a "
+    "solver in `phi` with `fixedgrad.forward(...)` of its estimator, and write a function as a "
+    "`jax.custom_jvp`."
 )
 
 
