@@ -49,6 +49,29 @@ def _scaled(w: Any, lam: Any, scale: Any = 1.0) -> Any:
     return 0.5 * w + scale * lam
 
 
+class _Module:
+    def solve(self, w0: Any, lam: Any) -> Any:
+        return w0 + lam
+
+
+@jax.tree_util.register_pytree_node_class
+class _Hidden:
+    """A pytree class that does not show what it holds."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+    def __repr__(self) -> str:
+        return "hidden"
+
+    def tree_flatten(self) -> Any:
+        return (self.x,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, leaves: Any) -> "_Hidden":
+        return cls(*leaves)
+
+
 def loss(w: Any, lam: Any) -> jax.Array:
     return jnp.sum((w - lam) ** 2)
 
@@ -246,6 +269,21 @@ BAD_INPUTS = (
         lambda: fg.checked(lambda w0, lam, *, scale=3.0: w0, _scaled)(W, LAM),
         TypeError,
         ("`checked`: the parameter `scale`", "make the defaults equal"),
+    ),
+    BadInput(
+        "a method decorated in its class",
+        lambda: fg.fixed_point(phi, AID)(_Module.solve),
+        TypeError,
+        ("first argument must be w0", "whose first is `self`", "Decorate within a method"),
+    ),
+    # Classes with a `repr` of their own.
+    BadInput(
+        "phi of another dtype behind a repr",
+        lambda: _solved(
+            lambda w0, lam: w0, phi=lambda w, lam: _Hidden(w.x.astype("float32")), w0=_Hidden(W)
+        ),
+        TypeError,
+        ("_Hidden", "(float32[3])", "(float64[3])", "cast one of them"),
     ),
     # What the solver returns.
     BadInput(
@@ -765,6 +803,20 @@ BAD_INPUTS = (
         lambda: fg.bilevel(_made(), optax.sgd),  # pyright: ignore
         TypeError,
         ("`optimizer` of `bilevel`", "function sgd", "call it"),
+    ),
+    BadInput(
+        "the state of a loop with another optimiser",
+        lambda: fg.bilevel(_made(), optax.adam(0.1)).step(
+            fg.bilevel(_made(), optax.sgd(0.1)).init(W, LAM)
+        ),
+        TypeError,
+        (
+            "`state` of `step`",
+            "another optimiser",
+            "ScaleByAdamState(",
+            "(EmptyState(), Empty",
+            "init",
+        ),
     ),
     BadInput(
         "a box for a projection",

@@ -332,3 +332,65 @@ def test_a_map_that_overwrites_its_arguments_is_the_map_that_does_not(make: Any)
     np.testing.assert_allclose(
         jax.grad(lambda lam: solve(w0, {"a": lam})["a"] ** 2)(1.0), 200.0, rtol=1e-9
     )
+
+
+@jax.tree_util.register_pytree_node_class
+class _Bare:
+    """A pytree class without a `repr`, that looks at what it is made of."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = 1.0 * x
+
+    def tree_flatten(self) -> Any:
+        return (self.x,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, leaves: Any) -> "_Bare":
+        made = object.__new__(cls)
+        (made.x,) = leaves
+        return made
+
+
+def test_a_pytree_class_without_a_repr_is_a_w(estimator: fg.Estimator) -> None:
+    solve = solver_of(lambda w, lam: _Bare(0.5 * w.x + lam), estimator)
+    got = jax.grad(lambda lam: solve(_Bare(0.0), lam).x ** 2)(1.0)
+    np.testing.assert_allclose(got, 8.0, rtol=1e-6)
+
+
+# The names of what the library's own functions take before the data.
+NAMES = ("solver", "phi", "w0", "where", "function", "num_steps", "loss", "state", "grad")
+
+
+def _named_data(w: jax.Array, lam: jax.Array, **data: jax.Array) -> jax.Array:
+    return 0.5 * w + lam * sum(data.values())
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        fg.picard(_named_data, num_steps=50),
+        fg.anderson(_named_data, max_steps=9, rtol=1e-9),
+        fg.checked(
+            lambda start, lam, **data: 0 * start + 2 * lam * sum(data.values()), _named_data
+        ),
+        fg.from_host(lambda start, lam, **data: 0 * start + 2 * lam * sum(data.values())),
+    ],
+    ids=["picard", "anderson", "checked", "host"],
+)
+def test_data_may_have_any_name(solver: Any) -> None:
+    data = dict.fromkeys(NAMES, jnp.asarray(1 / len(NAMES)))
+    solve = fg.fixed_point(_named_data, fg.aid(fg.dense()))(solver)
+    gradient = jax.grad(lambda lam: solve(jnp.zeros(()), lam, **data))(1.0)
+    np.testing.assert_allclose(gradient, 2.0, rtol=1e-6)
+
+    def half_square(w: jax.Array, lam: jax.Array, **data: jax.Array) -> jax.Array:
+        return 0.5 * w**2 + 0 * lam * sum(data.values())
+
+    hypergrad = fg.certified(
+        fg.hypergradient(half_square, _named_data, solver, fg.aid(fg.dense())), every=1
+    )
+    state = hypergrad.init(jnp.zeros(()), jnp.asarray(1.0), **data)
+    grad, _ = hypergrad.update(state, jnp.asarray(1.0), **data)
+    np.testing.assert_allclose(grad, 4.0, rtol=1e-6)
+    step = fg.gradient_descent(half_square, step_size=0.5)(1.0, 1.0, **data)
+    np.testing.assert_allclose(step, 0.5)

@@ -749,3 +749,84 @@ def test_derivative_of_a_vmap_whose_axis_the_map_averages_over(estimator, mode):
 
     lam = jnp.arange(3.0)
     assert_close(mode(f)(lam), mode(closed)(lam), CLOSE)
+
+
+# A map that holds a decorated solver, and one that holds a `custom_vjp`.
+
+
+def _within(w, lam):
+    return 0.3 * jnp.cos(w) + lam
+
+
+def _three_levels(inner, estimator):
+    """λ, with a solver within Φ."""
+    solve = fg.fixed_point(_within, inner)(fg.picard(_within, num_steps=40))
+
+    def phi(w, lam):
+        return 0.2 * lam * jnp.sin(solve(jnp.zeros(()), w)) + lam
+
+    return fg.fixed_point(phi, estimator)(fg.picard(phi, num_steps=30))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "transform"),
+    [
+        (_IMPLICIT, jax.grad),
+        (_IMPLICIT, lambda f: jax.grad(jax.grad(f))),
+        (fg.forward(_IMPLICIT), jax.jacfwd),
+        (fg.forward(_IMPLICIT), lambda f: jax.jacfwd(jax.jacrev(f))),
+    ],
+    ids=["grad", "grad-grad", "jacfwd", "hessian"],
+)
+def test_a_map_that_holds_a_solver_with_forward_has_every_derivative(estimator, transform):
+    def f(solve):
+        return transform(lambda lam: solve(jnp.zeros(()), lam) ** 2)(0.7)
+
+    unrolled = _three_levels(fg.itd(), fg.itd())
+    assert_close(f(_three_levels(fg.forward(_IMPLICIT), estimator)), f(unrolled), CLOSE)
+
+
+@jax.custom_vjp
+def _reverse_only(x):
+    return jnp.sin(x)
+
+
+_reverse_only.defvjp(lambda x: (jnp.sin(x), x), lambda x, x_bar: (jnp.cos(x) * x_bar,))
+
+
+def _holds_custom_vjp(w, lam):
+    return 0.3 * lam * _reverse_only(w) + lam
+
+
+def _around(estimator):
+    return fg.fixed_point(_holds_custom_vjp, estimator)(fg.picard(_holds_custom_vjp, num_steps=40))
+
+
+@pytest.mark.parametrize(
+    ("solve", "transform", "note"),
+    [
+        (_around(_IMPLICIT), jax.jacfwd, "reverse mode alone"),
+        (_around(_IMPLICIT), lambda f: jax.grad(jax.grad(f)), "`phi` in forward mode here"),
+        (_around(fg.forward(_IMPLICIT)), jax.grad, "`phi` in forward mode here"),
+        (_three_levels(_IMPLICIT, _IMPLICIT), jax.hessian, "`phi` in forward mode here"),
+        (_three_levels(_IMPLICIT, fg.itd()), jax.jacfwd, "`phi` in forward mode here"),
+    ],
+    ids=["jvp", "grad-grad", "forward", "three-levels", "itd"],
+)
+def test_forward_mode_that_is_refused_names_forward_once(solve, transform, note):
+    with pytest.raises(TypeError, match="custom_vjp") as caught:
+        transform(lambda lam: solve(jnp.zeros(()), lam))(0.7)
+    notes = [text for text in caught.value.__notes__ if "fixedgrad.forward(" in text]
+    assert len(notes) == 1
+    assert note in notes[0]
+
+
+def test_truncated_itd_has_second_derivatives_through_a_custom_vjp():
+    def phi(w, lam):
+        return 0.3 * lam * jnp.sin(w) + lam
+
+    def second(solve):
+        return jax.grad(jax.grad(lambda lam: solve(jnp.zeros(()), lam)))(0.7)
+
+    want = second(fg.fixed_point(phi, _IMPLICIT)(fg.picard(phi, num_steps=40)))
+    assert_close(second(_around(fg.truncated_itd(num_steps=40))), want, CLOSE)

@@ -539,6 +539,36 @@ OTHER_ROWS = [
         for make in (fg.heavy_ball, fg.nesterov)
     ),
     Row(
+        "solver that is a method of no object",
+        TypeError,
+        r"`fixed_point`: the solver's first argument must be w0, got the method .*, whose first is "
+        r"`self`. Decorate within a method, as in `fixed_point\(phi, estimator\)\(self.solve\)`",
+        lambda: decorated(half, lambda self, w0, lam: w0),
+    ),
+    Row(
+        "solver with its arguments in another order",
+        TypeError,
+        r"`fixed_point`: the solver and `phi` get the same arguments in the same places, .*: the "
+        r"solver has \(w0, mu, lam\), `phi` has \(w, lam, mu\); give both the same order",
+        lambda: decorated(lambda w, lam, mu: w, lambda w0, mu, lam: w0),
+    ),
+    Row(
+        "solver with another default",
+        TypeError,
+        "`fixed_point`: the parameter `c` has the default 3.0 .* in the solver and 1.0 .* in `phi`, "
+        "and the call does not give it; give it in the call, or make the defaults equal",
+        lambda: decorated(lambda w, lam, c=1.0: w, lambda w0, lam, c=3.0: w0)(ONES, ONES),
+    ),
+    Row(
+        "step with the state of another optimiser",
+        TypeError,
+        r"(?s)`state` of `step` holds the state of another optimiser .*: \(EmptyState.*"
+        r"ScaleByAdamState.*\nTake the state from this loop's `init`, as in `init\(w0, state.lam\)`",
+        lambda: fg.bilevel(HYPERGRAD, optax.sgd(0.1)).step(
+            fg.bilevel(HYPERGRAD, optax.adam(0.1)).init(ONES, ONES)
+        ),
+    ),
+    Row(
         "has_aux that is a function",
         TypeError,
         "`has_aux` of `fixed_point` must be a bool, got .* of type `function`",

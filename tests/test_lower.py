@@ -456,3 +456,10 @@ def test_numbers_whose_squares_leave_the_range_of_the_dtype_are_solved(solver, s
     w, info = solver(lambda w, lam: 0.5 * w + lam, max_steps=99, rtol=1e-6).with_info(0 * lam, lam)
     assert info.converged
     np.testing.assert_allclose(w / lam, 2 * np.ones(2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"num_steps": 3}, {"max_steps": 3, "rtol": 1e-3}])
+def test_anderson_has_nothing_to_do_for_a_w_without_leaves(settings):
+    w, info = fg.anderson(lambda w, lam: w, **settings).with_info({}, 1.0)
+    assert w == {}
+    assert bool(info.converged)

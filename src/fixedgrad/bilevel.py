@@ -269,8 +269,9 @@ def bilevel(
 
     Raises:
         TypeError: An argument is not of its kind; when called, λ has a leaf that is neither array nor
-            number, the projection changes λ's structure, shapes or dtypes, `stop` does not return one
-            boolean computed from `info`, or `batches` have no common leading axis of `num_steps`.
+            number, the projection changes λ's structure, shapes or dtypes, the state is that of a loop
+            with another optimiser, `stop` does not return one boolean computed from `info`, or
+            `batches` have no common leading axis of `num_steps`.
         ValueError: `num_steps` of `run` is not a positive integer.
 
     >>> import fixedgrad as fg
@@ -314,6 +315,7 @@ def bilevel(
     def step(
         state: BilevelState, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[BilevelState, BilevelInfo]:
+        _check_optimizer_state(full, state)
         grad, hyper = hypergrad.update(state.hypergrad, state.lam, *args, **kwargs)
         finite = jnp.isfinite(norm(grad))
         # The optimiser sees what has a gradient; `None` stands for integers and keys.
@@ -446,6 +448,18 @@ def _patience(num_steps: int, rtol: float, atol: float) -> StopRule:
         return (jnp.where(better, value, best), waited), waited >= num_steps
 
     return StopRule(init, update)
+
+
+def _check_optimizer_state(optimizer: optax.GradientTransformation, state: BilevelState) -> None:
+    """Raises `TypeError` where the state's optimiser is of another kind than this one."""
+    wanted = jax.eval_shape(optimizer.init, partition(state.lam)[0])
+    if jax.tree.structure(state.optimizer) != jax.tree.structure(wanted):
+        raise TypeError(
+            "`state` of `step` holds the state of another optimiser than that of this `bilevel`.\n"
+            f"  this optimiser's: {shapes_of(wanted)}\n"
+            f"  `state.optimizer`: {shapes_of(state.optimizer)}\n"
+            "Take the state from this loop's `init`, as in `init(w0, state.lam)`."
+        )
 
 
 def _stays_finite(before: PyTree, after: PyTree) -> jax.Array:

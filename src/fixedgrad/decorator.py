@@ -5,7 +5,8 @@ The only place that gives derivatives by `jax.custom_vjp` and `jax.custom_jvp`; 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -54,6 +55,17 @@ _FROM_HOST = (
     "`fixed_point` traces the solver, as `jax.jit` does. A solver in NumPy or SciPy, or Python code "
     "that needs concrete values, goes through `fixedgrad.from_host`."
 )
+_FORWARD_MODE = (
+    "`fixed_point` was given an estimator that has reverse mode alone: for `jvp`, `jacfwd` and "
+    "`linearize`, and for second derivatives of what holds this solver, decorate it with "
+    "`fixedgrad.forward(estimator)`."
+)
+_FORWARD_PHI = (
+    "`fixed_point` differentiates `phi` in forward mode here, as `forward(...)`, `itd()` in a `jvp` "
+    "and second derivatives of `aid` do, and a `jax.custom_vjp` in `phi` does not allow it: decorate a "
+    "solver in `phi` with `fixedgrad.forward(...)` of its estimator, and write a function as a "
+    "`jax.custom_jvp`."
+)
 
 
 def fixed_point(
@@ -88,6 +100,11 @@ def fixed_point(
     - Products with Φ's Jacobians are taken at `jax.default_matmul_precision("highest")`, since the
       default of some accelerators stalls linear solvers near 1e-3. A `precision` that Φ gives
       explicitly is kept.
+
+    Φ must have what the derivative asks of it. Reverse mode, always: no `while_loop` and no
+    `jax.custom_batching.custom_vmap`, which have none; a solver within Φ is decorated by itself.
+    Forward mode too, for `forward(estimator)` and for second derivatives of `aid`: no
+    `jax.custom_vjp`; a solver within Φ is decorated with `forward(...)`. And `vmap` for `dense`.
 
     Assumed, not checked: that Φ has the fixed point which the solver approaches; a w that Φ moves by
     as much as w itself is seen (`NOT_FIXED`). Use `checked` or a tolerance in `picard` to have more
@@ -168,7 +185,8 @@ def fixed_point(
             def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
                 check(args, kwargs)
                 check_arrays("fixed_point", "w0", w0)
-                return compiled(informed, *split_static((w0, args, kwargs)))
+                with _no_custom_vjp(_FORWARD_MODE if estimator.mode == "reverse" else _FORWARD_PHI):
+                    return compiled(informed, *split_static((w0, args, kwargs)))
 
             # Not its attributes: a `with_info` of the solver would go around the rule.
             return functools.wraps(solver, updated=())(solve)
@@ -180,6 +198,18 @@ def fixed_point(
         return solve
 
     return decorate
+
+
+@contextmanager
+def _no_custom_vjp(text: str) -> Iterator[None]:
+    """Says what to do instead where JAX refuses forward mode of a `custom_vjp`; once."""
+    try:
+        yield
+    except TypeError as error:
+        told = any("fixedgrad.forward(" in note for note in getattr(error, "__notes__", ()))
+        if "custom_vjp" in str(error) and not told:
+            error.add_note(text)
+        raise
 
 
 def _unrolled(
@@ -264,7 +294,8 @@ def _implicit(
         w_t, extra = solved = implicit(w0, x, rest)
         primals, tangents = (w0, x), (zero_tangent(w0), x_dot)
         phi = phi_packed(rest, extra[0])
-        out = estimator.jvp(phi, lambda *_: solved, primals, tangents, solve)
+        with _no_custom_vjp(_FORWARD_PHI):
+            out = estimator.jvp(phi, lambda *_: solved, primals, tangents, solve)
         return w_t, out.w, extra, (out.w_dot, zero_tangent(extra))
 
     @implicit.defjvp

@@ -179,7 +179,8 @@ def aid(linear_solver: LinearSolver) -> Estimator:
 
     The solver of the lower level is never differentiated: it may be any code. The gradient with
     respect to its starting point is zero by construction: w(λ) does not depend on it. Second and
-    higher derivatives are implicit too.
+    higher derivatives are implicit too; they linearise Φ in forward mode, which a `jax.custom_vjp` in
+    it does not allow.
 
     Assumed, not checked: Φ is continuously differentiable at w, I − J is invertible there, and w is
     near w(λ): its distance enters the error (Theorem 2.2). A tolerance of the lower-level solver,
@@ -254,7 +255,9 @@ def forward(estimator: Estimator) -> Estimator:
     Cost: as the estimator's; forward mode one solve for each tangent. Memory: as the estimator's in
     reverse mode; `itd` in forward mode holds no iterates.
     When not to use it: where Φ holds a `jax.custom_vjp`, which JAX cannot differentiate in forward
-    mode: second derivatives of `forward(aid(...))` are refused then, those of `aid(...)` are not.
+    mode. All derivatives of `forward(aid(...))` are refused then, and of `aid(...)` the second ones;
+    `truncated_itd` has both in reverse mode. A solver within Φ, decorated with `forward(...)` itself,
+    has every mode.
 
     Args:
         estimator: `itd()`, `truncated_itd(...)`, `aid(...)` or another `Estimator`.

@@ -353,7 +353,7 @@ def optimal_heavy_ball(L: Scalar, mu: Scalar) -> HeavyBallConstants:
     return HeavyBallConstants(4 / (high + low) ** 2, q**2, q)
 
 
-def _gradient(where: str, loss: Loss, w: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
+def _gradient(where: str, loss: Loss, w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
     def scalar_loss(w: PyTree) -> jax.Array:
         value = loss(w, *args, **kwargs)
         check_scalar(where, value, "loss")

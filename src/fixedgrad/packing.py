@@ -50,7 +50,7 @@ def split_static(call: PyTree) -> tuple[Layout, list[Any]]:
     return Layout(treedef, static), [x for i, x in enumerate(leaves) if i not in positions]
 
 
-def eval_shape(function: Callable[..., PyTree], *args: PyTree, **kwargs: PyTree) -> PyTree:
+def eval_shape(function: Callable[..., PyTree], /, *args: PyTree, **kwargs: PyTree) -> PyTree:
     """`jax.eval_shape` for arguments some of whose leaves are not arrays."""
     layout, arrays = split_static((args, kwargs))
 

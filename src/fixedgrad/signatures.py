@@ -20,11 +20,17 @@ def same_arguments(
     not judged. What is refused goes by the same name in both and would have another value in Φ.
 
     Raises:
-        TypeError: Two parameters of the same names stand in another order; from the check, a
-            positional argument has one name here and another there that both know, or a parameter
-            that the call does not give has another default.
+        TypeError: The solver is a method that is not bound; two parameters of the same names stand in
+            another order; from the check, a positional argument has one name here and another there
+            that both know, or a parameter that the call does not give has another default.
     """
-    ours, theirs = _parameters(solver), _parameters(phi)
+    (start, ours), (_, theirs) = _parameters(solver), _parameters(phi)
+    if start == "self":
+        raise TypeError(
+            f"`{where}`: the solver's first argument must be w0, got the method {show(solver)}, whose "
+            "first is `self`. Decorate within a method, as in "
+            "`fixed_point(phi, estimator)(self.solve)`: there `self` is bound."
+        )
     here, there = _positions(ours), _positions(theirs)
     shared = [name for name in ours if name in theirs and not name.startswith("_")]
     ordered = [name for name in shared if name in here and name in there]
@@ -57,14 +63,15 @@ def _refuse_order(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> N
     )
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The named parameters after the first, w; none where they cannot be read."""
+def _parameters(function: Callable[..., Any]) -> tuple[str, dict[str, inspect.Parameter]]:
+    """The name of the first parameter, w, and the named ones after it; none if it has no signature."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # No signature to be had.
-        return {}
+    except (TypeError, ValueError):
+        return "", {}
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {p.name: p for p in parameters[1:] if p.kind not in variadic}
+    named = {p.name: p for p in parameters[1:] if p.kind not in variadic}
+    return parameters[0].name if parameters else "", named
 
 
 def _positions(parameters: dict[str, inspect.Parameter]) -> dict[str, int]:

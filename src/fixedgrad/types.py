@@ -298,11 +298,14 @@ def check_callable(where: str, name: str, value: object, signature: str) -> None
 
 def check_same(where: str, got: PyTree, wanted: PyTree, got_name: str, wanted_name: str) -> None:
     """Raises `TypeError` unless two pytrees agree in structure, shapes and dtypes."""
-    if shapes_of(got) != shapes_of(wanted):
+    # Not as text: a class need not have a `repr`, nor one that shows what it holds.
+    if _described(got) != _described(wanted):
+        both = shapes_of(wanted), shapes_of(got)
+        one, other = both if both[0] != both[1] else (_in_full(wanted), _in_full(got))
         raise TypeError(
             f"`{where}`: {got_name} must have the structure, shapes and dtypes of {wanted_name}.\n"
-            f"  {wanted_name}: {shapes_of(wanted)}\n"
-            f"  {got_name}: {shapes_of(got)}\n"
+            f"  {wanted_name}: {one}\n"
+            f"  {got_name}: {other}\n"
             "Make the two agree; where only dtypes differ, cast one of them with `.astype`."
         )
 
@@ -356,6 +359,22 @@ def show(value: object) -> str:
 
 def shapes_of(tree: PyTree) -> str:
     """One line with the shapes and dtypes of a pytree, such as `{'a': float32[3]}`."""
+    treedef, leaves = _described(tree)
+    try:
+        text = str(jax.tree.unflatten(treedef, [_Bare(leaf) for leaf in leaves]))
+    except Exception:  # A class that looks at its leaves.
+        text = ""
+    return text if text and " object at 0x" not in text else _in_full(tree)
+
+
+def _in_full(tree: PyTree) -> str:
+    """The same, in JAX's words for the structure."""
+    treedef, leaves = _described(tree)
+    return f"{treedef} of ({', '.join(leaves)})"
+
+
+def _described(tree: PyTree) -> tuple[Any, list[str]]:
+    """The structure of a pytree, and shape and dtype of each leaf."""
 
     def leaf(x: Any) -> str:
         if isinstance(x, _Bare):
@@ -367,7 +386,7 @@ def shapes_of(tree: PyTree) -> str:
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
     leaves, treedef = jax.tree.flatten(tree)
-    return str(jax.tree.unflatten(treedef, [_Bare(leaf(x)) for x in leaves]))
+    return treedef, [leaf(x) for x in leaves]
 
 
 class _Bare(str):

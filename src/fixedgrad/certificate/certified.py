@@ -101,7 +101,7 @@ def _with_certificate(
     inner_init, inner_update, outer, phi, _ = hypergrad
 
     def answer(
-        grad: PyTree, state: HypergradientState, lam: PyTree, *args: PyTree, **kwargs: PyTree
+        grad: PyTree, state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> Certificate:
         given = grad if state.v is None else None
         return certify(

@@ -88,6 +88,8 @@ def anderson(
     def with_info(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
         lower = lower_level("anderson", phi, w0, args, kwargs)
         w0, space = lower.w0, lower.space
+        if not jax.tree.leaves(w0):  # Nothing to solve.
+            return w0, fixed_point_info(phi, 0, w0, *args, **kwargs)
         to_real, from_real = realified(w0)
 
         def image(w: PyTree) -> PyTree:

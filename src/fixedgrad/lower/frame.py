@@ -54,7 +54,7 @@ class CheckedSolver:
 
 
 def solve_with_info(
-    solver: Solver, w0: PyTree, *args: PyTree, **kwargs: PyTree
+    solver: Solver, w0: PyTree, /, *args: PyTree, **kwargs: PyTree
 ) -> tuple[PyTree, SolveInfo | None]:
     """(w, info) of any solver; `None` for one that does not say whether it succeeded."""
     with_info = getattr(solver, "with_info", None)
@@ -66,7 +66,7 @@ def solve_with_info(
 
 
 def fixed_point_info(
-    phi: Phi, num_steps: Scalar, w: PyTree, *args: PyTree, **kwargs: PyTree
+    phi: Phi, num_steps: Scalar, w: PyTree, /, *args: PyTree, **kwargs: PyTree
 ) -> SolveInfo:
     """The info of a solve without a tolerance: its true residual, and whether w is finite."""
     residual = distance(fresh(phi)(w, *args, **kwargs), w)
