@@ -24,6 +24,7 @@ from .packing import (
     zeros_like_inexact,
 )
 from .printing import count, member, number, printed, record, shapes_in, values_of
+from .replication import placed_like
 from .types import (
     Estimator,
     LinearSolver,
@@ -283,7 +284,7 @@ def hypergradient(
             return run_linear_solver(linear_solver, matvec, b, *x0)
 
         back = estimator.bwd(packed_phi, residuals, w_bar, solve)
-        grad = optax.tree.add(direct, back.args_bar)
+        grad = placed_like(optax.tree.add(direct, back.args_bar), x)
         grad = enforce(on_failure, "lower-level solve", lower, grad)
         grad = enforce(on_failure, "linear solve of the derivative", back.info, grad)
 
