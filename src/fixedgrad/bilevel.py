@@ -150,7 +150,7 @@ class BilevelInfo(NamedTuple):
         known = values_of(*self[:-1])
         if known is None:
             return shapes_in(self)
-        rows = BilevelInfo(*known)
+        rows: Any = BilevelInfo(*known)  # pyright: ignore[reportArgumentType]
         if rows.value.ndim > 1:
             last = rows.reason[..., -1].ravel()
             return record(self, tally("loop", (member(StopReason, r) for r in last)))
@@ -382,15 +382,15 @@ def bilevel(
                 )
         _warn_if_ended(state)
         memory: PyTree = ()
+        rule = None
         if isinstance(stop, StopRule):
-            memory = strongly_typed(stop.init())
-            stop = stop.update
+            memory, rule = strongly_typed(stop.init()), stop.update
         elif stop is not None:
             check_callable("run", "stop", stop, "stop(info) -> bool array")
-            stop = _Forgetful(stop)
+            rule = _Forgetful(stop)
         if shapes_of(state.memory) != shapes_of(memory):  # Another rule, or the first run.
             state = state._replace(memory=memory)
-        return scan(stop, metrics, num_steps, state, batches, args, kwargs)
+        return scan(rule, metrics, num_steps, state, batches, args, kwargs)
 
     return Bilevel(init, step, run)
 
