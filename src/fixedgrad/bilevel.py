@@ -371,6 +371,7 @@ def bilevel(
         batches: PyTree = None,
         **kwargs: PyTree,
     ) -> tuple[BilevelState, BilevelInfo]:
+        """`num_steps` outer steps in one compiled scan, with their history: see `bilevel`."""
         check_count("run", "num_steps", num_steps)
         if metrics is not None:
             check_callable("run", "metrics", metrics, "metrics(state) -> pytree of arrays")
