@@ -74,7 +74,9 @@ class HypergradientState(NamedTuple):
     certificate: Any = None
 
     def __repr__(self) -> str:
-        stages = () if self.info is None else tuple(x for x in self.info if x is not None)
+        # Inside JAX a state may hold anything in the place of its leaves.
+        info = self.info if isinstance(self.info, HypergradientInfo) else ()
+        stages = [x for x in info if isinstance(x, SolveInfo)]
         known = values_of(self.value, self.num_updates, *(x.status for x in stages))
         if known is None or max(x.ndim for x in known):
             return shapes_in(self)
