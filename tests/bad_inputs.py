@@ -134,13 +134,13 @@ BAD_INPUTS = (
         "a linear solver for the estimator",
         lambda: fg.fixed_point(phi, fg.cg(num_steps=3)),  # pyright: ignore
         TypeError,
-        ("`estimator` of `fixed_point`", "got <function", "`aid(cg(num_steps=10))`"),
+        ("`estimator` of `fixed_point`", "got cg(num_steps=3)", "`aid(cg(num_steps=10))`"),
     ),
     BadInput(
         "a linear solver to `forward`",
         lambda: fg.forward(fg.cg(num_steps=3)),  # pyright: ignore
         TypeError,
-        ("`estimator` of `forward`", "got <function", "`aid(cg(num_steps=10))`"),
+        ("`estimator` of `forward`", "got cg(num_steps=3)", "`aid(cg(num_steps=10))`"),
     ),
     BadInput(
         "a linear solver that was not called",

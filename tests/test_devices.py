@@ -276,6 +276,41 @@ def test_the_explicit_form_within_shard_map(on_one_device):
     assert int(num_steps) == 0  # Started at the solution.
 
 
+def mean_map(w, lam):
+    return 0.5 * w + jnp.mean(lam)
+
+
+HARDLY_ON_LAM = {
+    "by its mean": (mean_map, lambda w, lam: jnp.sum(w**2)),
+    "not at all": (lambda w, lam: 0.5 * w + 1.0, lambda w, lam: jnp.sum(w**2)),
+    "directly": (lambda w, lam: 0.5 * w + 1.0, lambda w, lam: jnp.sum(lam) * jnp.sum(w**2)),
+}
+EXPLICIT_FORMS = {
+    "aid": lambda phi, outer: fg.hypergradient(
+        outer, phi, fg.picard(phi, num_steps=40), fg.aid(fg.cg(num_steps=3))
+    ),
+    "itd": lambda phi, outer: fg.hypergradient(outer, phi, fg.picard(phi, num_steps=40), fg.itd()),
+    "polished": lambda phi, outer: fg.polished(
+        fg.hypergradient(outer, phi, fg.picard(phi, num_steps=40), fg.aid(fg.cg(num_steps=3)))
+    ),
+    "adaptive": lambda phi, outer: fg.adaptive_hypergradient(outer, phi, rtol=1e-3),
+}
+
+
+@pytest.mark.parametrize("form", EXPLICIT_FORMS)
+@pytest.mark.parametrize("dependence", HARDLY_ON_LAM)
+def test_the_gradient_of_the_explicit_form_is_where_lam_is_and_sharded_as_it(dependence, form):
+    phi, outer = HARDLY_ON_LAM[dependence]
+    hypergrad = EXPLICIT_FORMS[form](phi, outer)
+    sharded = NamedSharding(mesh(), P("data"))
+    for place in (sharded, jax.devices()[1]):
+        lam = jax.device_put(LAM, place)
+        # w is nobody's: it follows λ, and does not take it to the default device.
+        state = hypergrad.init(jnp.zeros(3), lam)
+        grad, _ = jax.jit(hypergrad.update)(state, lam)
+        assert grad.sharding.is_equivalent_to(lam.sharding, 1)
+
+
 # In forward mode JAX has no zero tangent for the info's integers where they vary over devices.
 PER_DEVICE = [row for row in MAPPED if not row.name.startswith("forward")]
 

@@ -301,7 +301,7 @@ ESTIMATOR_ROWS = [
     }.items()
     for name, value, got in (
         ("a factory", fg.itd, "<function itd"),
-        ("a linear solver", fg.cg(num_steps=2), "<function"),
+        ("a linear solver", fg.cg(num_steps=2), r"cg\(num_steps=2\)"),
         ("text", "aid", "'aid' of type `str`"),
     )
 ]

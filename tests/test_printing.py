@@ -168,6 +168,15 @@ def test_arrays_without_values_print_as_shapes(record):
     assert "int32[" in texts[0]
 
 
+@pytest.mark.parametrize("record", [STATE, STATE.hypergrad, HISTORY, info(1)])
+def test_a_record_of_anything_else_prints(record):
+    leaves, treedef = jax.tree.flatten(record)
+    anything = treedef.unflatten([object()] * len(leaves))
+    assert "object" in repr(anything)
+    nothing = type(record)(*[object()] * len(record))
+    assert "object" in repr(nothing)
+
+
 @pytest.mark.parametrize("name", fg.__all__)
 def test_help_shows_no_addresses(name):
     assert " at 0x" not in pydoc.render_doc(getattr(fg, name))

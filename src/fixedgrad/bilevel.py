@@ -38,7 +38,6 @@ from .printing import (
 from .realify import norm, steepest_ascent
 from .types import (
     PyTree,
-    Scalar,
     Status,
     check_callable,
     check_count,
@@ -106,7 +105,8 @@ class BilevelState(NamedTuple):
         return jnp.asarray(self.reason) != int(StopReason.RUNNING)
 
     def __repr__(self) -> str:
-        solves = [0 if x is None else x.status for x in self.hypergrad.info]
+        info = getattr(self.hypergrad, "info", ())
+        solves = [getattr(x, "status", 0) for x in info] if isinstance(info, tuple) else []
         known = values_of(self.num_steps, self.reason, *solves)
         if known is None:
             return shapes_in(self)
@@ -114,7 +114,7 @@ class BilevelState(NamedTuple):
         lam = f"lam {shapes_of(self.lam)}"
         if reason.ndim:
             return record(self, tally("loop", (member(StopReason, r) for r in reason.ravel())), lam)
-        return record(self, count(num_steps, "step"), lam, *_ending(reason, *solves))
+        return record(self, count(num_steps, "step"), lam, *_ending(reason, solves))
 
 
 class BilevelInfo(NamedTuple):
@@ -150,7 +150,7 @@ class BilevelInfo(NamedTuple):
         known = values_of(*self[:-1])
         if known is None:
             return shapes_in(self)
-        rows = BilevelInfo(*known)
+        rows: Any = BilevelInfo(*known)  # pyright: ignore[reportArgumentType]
         if rows.value.ndim > 1:
             last = rows.reason[..., -1].ravel()
             return record(self, tally("loop", (member(StopReason, r) for r in last)))
@@ -162,20 +162,17 @@ class BilevelInfo(NamedTuple):
         cells = [count(len(shown), "step")]
         if len(shown):
             cells.append(f"f {' -> '.join(number(x) for x in dict.fromkeys(shown[[0, -1]]))}")
-        return record(self, *cells, *_ending(reason[end], *solves))
+        return record(self, *cells, *_ending(reason[end], [*solves]))
 
 
-def _ending(reason: Any, lower: Any, linear: Any) -> tuple[str, ...]:
+def _ending(reason: Any, solves: list[Any]) -> tuple[str, ...]:
     """What ended a loop, in words; the stage that failed by its own status where that is known."""
     if reason == StopReason.RUNNING:
         return ()
-    stages = {
-        StopReason.LOWER_FAILED: ("lower-level", lower),
-        StopReason.LINEAR_FAILED: ("linear", linear),
-    }
-    stage, status = stages.get(int(reason), ("", 0))  # pyright: ignore[reportCallIssue, reportArgumentType]
-    if status:
-        return (f"ended: {member(Status, status)} in the {stage} solve",)
+    failures = StopReason.LOWER_FAILED, StopReason.LINEAR_FAILED
+    for failure, stage, status in zip(failures, ("lower-level", "linear"), solves, strict=False):
+        if reason == failure and status:
+            return (f"ended: {member(Status, status)} in the {stage} solve",)
     return (f"ended: {member(StopReason, reason)}",)
 
 
@@ -373,6 +370,7 @@ def bilevel(
         batches: PyTree = None,
         **kwargs: PyTree,
     ) -> tuple[BilevelState, BilevelInfo]:
+        """`num_steps` outer steps in one compiled scan, with their history: see `bilevel`."""
         check_count("run", "num_steps", num_steps)
         if metrics is not None:
             check_callable("run", "metrics", metrics, "metrics(state) -> pytree of arrays")
@@ -384,21 +382,21 @@ def bilevel(
                 )
         _warn_if_ended(state)
         memory: PyTree = ()
+        rule = None
         if isinstance(stop, StopRule):
-            memory = strongly_typed(stop.init())
-            stop = stop.update
+            memory, rule = strongly_typed(stop.init()), stop.update
         elif stop is not None:
             check_callable("run", "stop", stop, "stop(info) -> bool array")
-            stop = _Forgetful(stop)
+            rule = _Forgetful(stop)
         if shapes_of(state.memory) != shapes_of(memory):  # Another rule, or the first run.
             state = state._replace(memory=memory)
-        return scan(stop, metrics, num_steps, state, batches, args, kwargs)
+        return scan(rule, metrics, num_steps, state, batches, args, kwargs)
 
     return Bilevel(init, step, run)
 
 
 @printed
-def patience(*, num_steps: int, rtol: Scalar = 0.0, atol: Scalar = 0.0) -> StopRule:
+def patience(*, num_steps: int, rtol: float = 0.0, atol: float = 0.0) -> StopRule:
     """Ends the outer loop where f has not improved for `num_steps` steps.
 
     An improvement is a value below the best so far by more than max(rtol · |best|, atol).

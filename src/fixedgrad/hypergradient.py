@@ -24,6 +24,7 @@ from .packing import (
     zeros_like_inexact,
 )
 from .printing import count, member, number, printed, record, shapes_in, values_of
+from .replication import placed_like
 from .types import (
     Estimator,
     LinearSolver,
@@ -73,7 +74,9 @@ class HypergradientState(NamedTuple):
     certificate: Any = None
 
     def __repr__(self) -> str:
-        stages = () if self.info is None else tuple(x for x in self.info if x is not None)
+        # Inside JAX a state may hold anything in the place of its leaves.
+        info = self.info if isinstance(self.info, HypergradientInfo) else ()
+        stages = [x for x in info if isinstance(x, SolveInfo)]
         known = values_of(self.value, self.num_updates, *(x.status for x in stages))
         if known is None or max(x.ndim for x in known):
             return shapes_in(self)
@@ -286,7 +289,7 @@ def hypergradient(
             return run_linear_solver(linear_solver, matvec, b, *x0)
 
         back = estimator.bwd(packed_phi, residuals, w_bar, solve)
-        grad = optax.tree.add(direct, back.args_bar)
+        grad = placed_like(optax.tree.add(direct, back.args_bar), x)
         grad = enforce(on_failure, "lower-level solve", lower, grad)
         grad = enforce(on_failure, "linear solve of the derivative", back.info, grad)
 

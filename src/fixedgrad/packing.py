@@ -223,7 +223,7 @@ def zeros_like_inexact(tree: PyTree) -> PyTree:
 def strongly_typed(tree: PyTree, like: PyTree = None) -> PyTree:
     """Arrays without weak types, as loops carry them at both ends; other leaves as they are.
 
-    A leaf of weak type, such as a Python number, takes the dtype of its counterpart in `like`, as it
+    An inexact leaf of weak type, such as `0.0`, takes the dtype of its counterpart in `like`, as it
     would in arithmetic: `0.0` beside float32 is float32, also where 64-bit numbers are enabled.
     """
     leaves, treedef = jax.tree.flatten(tree)
@@ -260,14 +260,14 @@ def settled_lam(lam: PyTree, w: PyTree) -> PyTree:
     if not dtypes:
         return strongly_typed(lam)
     widest = jax.ShapeDtypeStruct((), max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits))
-    return strongly_typed(lam, jax.tree.map(lambda x: widest if is_inexact(x) else x, lam))
+    return strongly_typed(lam, jax.tree.map(lambda _: widest, lam))
 
 
 def is_weak(leaf: Any) -> bool:
-    """Whether a number or array is of weak type: it gives way to the dtype of what it meets."""
-    if isinstance(leaf, int | float | complex):
-        return not isinstance(leaf, bool | np.generic)
-    return getattr(leaf, "weak_type", False)
+    """Whether an inexact number is of weak type: it gives way to the dtype of what it meets."""
+    if isinstance(leaf, float | complex):
+        return not isinstance(leaf, np.generic)
+    return getattr(leaf, "weak_type", False) and is_inexact(leaf)
 
 
 def owned(tree: PyTree) -> PyTree:

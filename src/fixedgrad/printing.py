@@ -21,7 +21,7 @@ from .types import shapes_of
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
-class Printed:
+class NamedFunction:
     """A function that prints as the text it was given."""
 
     def __init__(self, function: Callable[..., Any], text: str):
@@ -37,13 +37,13 @@ class Printed:
 
 def by_name(function: Factory) -> Factory:
     """The function, printing as its name: for defaults, which `help` shows."""
-    return cast(Factory, Printed(function, function.__name__))
+    return cast(Factory, NamedFunction(function, function.__name__))
 
 
 def printed(factory: Factory) -> Factory:
     """The factory, whose results print as the call that made them, such as `cg(num_steps=3)`.
 
-    A result that is a function is wrapped in `Printed`; a record has a field `name` for the text.
+    A result that is a function is wrapped in `NamedFunction`; a record has a field `name` for the text.
     """
     signature = inspect.signature(factory)
 
@@ -55,7 +55,7 @@ def printed(factory: Factory) -> Factory:
             return made._replace(name=text)
         if dataclasses.is_dataclass(made):
             return dataclasses.replace(cast(Any, made), name=text)
-        return Printed(made, text)
+        return NamedFunction(made, text)
 
     return cast(Factory, make)
 

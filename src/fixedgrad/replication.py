@@ -13,6 +13,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.shard_alike import shard_alike
 
 from .packing import is_inexact
 from .types import MatVec, PyTree
@@ -138,6 +139,16 @@ def varying_alike(tree: PyTree) -> PyTree:
     if not within_shard_map():
         return tree
     return casts(tree, varying_axes(tree)).varying(tree)
+
+
+def placed_like(tree: PyTree, like: PyTree) -> PyTree:
+    """`tree` on the devices of `like` and sharded as it, array by array.
+
+    A gradient that hardly depends on λ, or not at all, is else replicated, or on the default device.
+    """
+    return jax.tree.map(
+        lambda x, y: shard_alike(x, y)[0] if isinstance(x, jax.Array) else x, tree, like
+    )
 
 
 def casts(like: PyTree, axes: frozenset[str]) -> Casts:

@@ -21,6 +21,7 @@ from ..packing import (
 )
 from ..printing import printed
 from ..realify import norm
+from ..replication import placed_like
 from ..types import (
     LinearSolver,
     OnFailure,
@@ -201,7 +202,8 @@ def adaptive_hypergradient(
         status = status_where(s.met, Status.CONVERGED, missed)
         lower = solve_info(s.products.phi + s.products.j, c.residual_w, status)
         linear = solve_info(s.products.jt, c.residual_v, status)
-        grad = enforce(on_failure, "hypergradient to its tolerance", lower, c.polished)
+        grad = placed_like(c.polished, lam)
+        grad = enforce(on_failure, "hypergradient to its tolerance", lower, grad)
         w, v = packed.join_w(s.w), packed.join_w(s.v)
         memory = tree.where(is_failure(status), state.memory, (w, v))
         value = packed.outer(s.w, packed.x)

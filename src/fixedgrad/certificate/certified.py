@@ -11,6 +11,7 @@ from ..hypergradient import Hypergradient, HypergradientState
 from ..packing import blank, eval_shape
 from ..printing import printed
 from ..realify import norm
+from ..replication import placed_like
 from ..types import PyTree, check_count
 from .certify import Certificate, certify
 
@@ -120,7 +121,7 @@ def _with_certificate(
             certificate = lax.cond(
                 due, lambda: answer(grad, state, lam, *args, **kwargs), lambda: before
             )
-        return choose(grad, certificate), state._replace(certificate=certificate)
+        return placed_like(choose(grad, certificate), lam), state._replace(certificate=certificate)
 
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
         state = inner_init(w0, lam, *args, **kwargs)
