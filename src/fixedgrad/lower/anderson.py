@@ -8,7 +8,7 @@ import optax
 from jax import lax
 
 from ..failure import check_on_failure
-from ..packing import fresh
+from ..packing import fresh, stopped_by_residual
 from ..realify import norm, real_dtype, realified
 from ..replication import varying_alike
 from ..types import (
@@ -65,7 +65,8 @@ def anderson(
         A solver, `solver(w0, *args, **kwargs) -> w`, with `solver.with_info`.
 
     Raises:
-        TypeError: `phi` is not callable; when called, Φ(w₀) does not look like `w0`.
+        TypeError: `phi` is not callable; when called, Φ(w₀) does not look like `w0`; where JAX
+            differentiates the steps that a tolerance ends, as `itd` asks for.
         ValueError: For both or none of `num_steps` and `max_steps`, and bad numbers.
 
     >>> solver = anderson(lambda w, lam: 0.9 * w + lam, max_steps=20, rtol=1e-6)
@@ -138,7 +139,8 @@ def anderson(
         w = from_real(s.w)
         # After a rejection the size at hand is not that of w: the verdict takes the true one.
         residual = distance(phi(w, *args, **kwargs), w)
-        return w, judge(s.i, residual, start, stop.tolerance, from_real(s.image))
+        info = judge(s.i, residual, start, stop.tolerance, from_real(s.image))
+        return stopped_by_residual("anderson", w), info
 
     return CheckedSolver(with_info, on_failure)
 

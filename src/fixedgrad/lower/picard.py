@@ -8,7 +8,7 @@ import optax
 from jax import lax
 
 from ..failure import check_on_failure
-from ..packing import fresh
+from ..packing import fresh, stopped_by_residual
 from ..types import OnFailure, Phi, PyTree, Scalar, SolveInfo, check_callable, stopping
 from .frame import CheckedSolver, above, checked_start, distance, fixed_point_info, judge
 
@@ -49,7 +49,8 @@ def picard(
         A solver, `solver(w0, *args, **kwargs) -> w`, with `solver.with_info`.
 
     Raises:
-        TypeError: `phi` is not callable; when called, Φ(w₀) does not look like `w0`.
+        TypeError: `phi` is not callable; when called, Φ(w₀) does not look like `w0`; where JAX
+            differentiates the steps that a tolerance ends, as `itd` asks for.
         ValueError: For both or none of `num_steps` and `max_steps`, and bad numbers.
 
     >>> solver = picard(lambda w, lam: 0.5 * w + lam, max_steps=100, rtol=1e-6)
@@ -84,6 +85,7 @@ def picard(
         start = distance(following, w0)
         carry = lax.while_loop(unfinished, step, (jnp.int32(0), w0, following, start))
         i, w, following, residual = carry
-        return w, judge(i, residual, start, stop.tolerance, following)
+        info = judge(i, residual, start, stop.tolerance, following)
+        return stopped_by_residual("picard", w), info
 
     return CheckedSolver(with_info, on_failure)
