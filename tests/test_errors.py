@@ -502,9 +502,27 @@ OTHER_ROWS = [
         ValueError,
         r"(?s)while_loop.*`itd\(\)` differentiates the solver's own loop, in reverse mode here: give "
         r"the solver `num_steps` in place of `max_steps`, or take `aid\(...\)`",
-        lambda: fg.hypergradient(loss, half, fg.picard(half, max_steps=9, rtol=0.1), fg.itd()).init(
-            ONES, ONES
-        ),
+        lambda: fg.hypergradient(
+            loss,
+            half,
+            lambda w0, lam: jax.lax.while_loop(lambda w: w[0] < 1.0, lambda w: half(w, lam), w0),
+            fg.itd(),
+        ).init(ONES, ONES),
+    ),
+    *(
+        Row(
+            f"{mode.__name__} of steps that a tolerance ends, in {make.__name__}",
+            TypeError,
+            f"`{make.__name__}` with `max_steps` ends by the residual of w, which says nothing of the "
+            r"derivative of w: .* Give `num_steps`, .*, or decorate .* with `fixed_point\(phi, aid",
+            lambda make=make, mode=mode: mode(
+                lambda lam: fg.fixed_point(half, fg.itd())(make(half, max_steps=9, rtol=0.1))(
+                    2.0, lam
+                )
+            )(1.0),
+        )
+        for make in (fg.picard, fg.anderson)
+        for mode in (jax.grad, jax.jacfwd)
     ),
     Row(
         "solver that needs concrete values",

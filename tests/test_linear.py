@@ -545,6 +545,56 @@ def test_lineax_solver_that_gives_up_is_reported():
     np.testing.assert_allclose(info.residual, residual(GENERAL, x), rtol=1e-12)
 
 
+LINEAX = {
+    "CG": lineax.CG(1e-5, 1e-5),
+    "GMRES": lineax.GMRES(1e-5, 1e-5),
+    "BiCGStab": lineax.BiCGStab(1e-5, 1e-5),
+    "LU": lineax.LU(),
+    "QR": lineax.QR(),
+    "SVD": lineax.SVD(),
+    "Normal": lineax.Normal(lineax.CG(1e-5, 1e-5)),
+}
+
+
+def _spectra(least: float, count: int, size: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric I − M with the eigenvalue `least`, and b a third of which is its eigenvector."""
+    rng = np.random.default_rng(size)
+    bases = np.linalg.qr(rng.normal(size=(count, size, size)))[0]
+    values = np.concatenate([np.full((count, 1), least), rng.uniform(0.3, 2, (count, size - 1))], 1)
+    weights = rng.normal(size=(count, size))
+    weights[:, 0] = np.linalg.norm(weights[:, 1:], axis=1) / 3
+    a, b = (bases * values[:, None, :]) @ bases.swapaxes(1, 2), (bases @ weights[..., None])[..., 0]
+    return a.astype(dtype), b.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", LINEAX)
+def test_lineax_never_calls_a_system_without_solution_solved(name, dtype):
+    solver = fg.from_lineax(LINEAX[name])
+    batch = jax.jit(jax.vmap(lambda a, b: solver(lambda v: v - a @ v, b)))
+    a, b = _spectra(0.0, 40, 5, dtype)
+    a[20:, 1], b[20:, 1] = 0.0, 1.0  # The equation 0 = 1.
+    assert not np.any(batch(a, b)[1].converged)
+    assert not np.any(batch(0 * a, b)[1].converged)
+    a, b = _spectra(0.3, 40, 5, dtype)
+    x, info = batch(a, b)
+    done = np.asarray(info.converged)
+    assert dtype == np.float32 or np.all(done)
+    want = np.linalg.solve(a, b[..., None])[..., 0]
+    np.testing.assert_allclose(x[done], want[done], rtol=1e-2, atol=1e-2)
+    x, info = batch(a, 0 * b)
+    assert np.all(info.converged)
+    np.testing.assert_array_equal(x, 0 * b)
+
+
+@pytest.mark.parametrize("name", ["GMRES", "BiCGStab"])
+def test_lineax_solver_that_leaves_all_of_b_has_solved_nothing(name):
+    solver = fg.from_lineax(getattr(lineax, name)(1e-9, 1e3))
+    x, info = solver(lambda v: 0.5 * v, jnp.asarray(B), jnp.asarray(3 * B))
+    assert not bool(info.converged) or float(info.residual) < 0.99 * np.linalg.norm(B)
+    np.testing.assert_allclose(info.residual, np.linalg.norm(B - 0.5 * x), rtol=1e-12, atol=1e-12)
+
+
 HIDDEN = {
     # Of exact steps: each was finite, wrong, and called a success.
     "cg, not symmetric, in float32": (

@@ -54,12 +54,14 @@ def itd() -> Estimator:
     at most (c₁ + c₂ t/q + c₃) qᵗ. The gradient with respect to the starting point w₀ is that of
     the iterations too, not zero.
 
-    JAX differentiates the solver, in reverse and in forward mode; `forward` changes nothing. Reverse
-    mode needs a loop of static length, such as `picard` with `num_steps`; for a `while_loop` JAX has
-    forward mode only.
+    JAX differentiates the solver, in reverse and in forward mode; `forward` changes nothing. Both need
+    a number of steps that is fixed, such as `picard` with `num_steps`. A loop that a tolerance on w
+    ends says nothing of w': `picard` and `anderson` with `max_steps` are refused. For a `while_loop`
+    of your own JAX has forward mode, and refuses reverse mode.
 
     Assumed, not checked: for the bound, that the solver iterates Φ, from a w₀ that does not depend
-    on λ. Any other solver is differentiated as it is.
+    on λ. Any other solver is differentiated as it is: a `while_loop` of your own that starts at w(λ)
+    takes no step, and its derivative is 0.
 
     Cost: reverse, about t products with Jᵀ, forward t products with J for each tangent. Memory:
     reverse, all t iterates; forward 2 w for each tangent, whatever t.

@@ -98,6 +98,29 @@ def fresh(phi: Phi) -> Phi:
     return with_own
 
 
+def stopped_by_residual(where: str, w: PyTree) -> PyTree:
+    """`w`, whose loop ended by a tolerance on its residual; any derivative of it is refused.
+
+    The tolerance says nothing of the derivative of w: none of it is there where the loop ends at once.
+    """
+
+    @jax.custom_jvp
+    def result(w: PyTree) -> PyTree:
+        return w
+
+    @result.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        del primals, tangents
+        raise TypeError(
+            f"`{where}` with `max_steps` ends by the residual of w, which says nothing of the "
+            "derivative of w: from a start at the solution it would be 0. Give `num_steps`, which "
+            "`itd()` differentiates step by step, or decorate the solver with "
+            "`fixed_point(phi, aid(...))`, which does not differentiate it."
+        )
+
+    return result(w)
+
+
 def check_phi(where: str, phi: Phi, w: PyTree, name: str, args: PyTree, kwargs: PyTree) -> None:
     """Raises `TypeError` unless Φ(w) is like w; what Φ raises gets a note of what it was given."""
     with phi_hint(where, w, args, kwargs):

@@ -79,21 +79,23 @@ def from_lineax(solver: Any) -> LinearSolver:
 
     lineax gets I − M as a `FunctionLinearOperator` on the real form of b.
 
-    Cost: the solver's products, and two more, for the residuals of the start and of the result.
-    Memory: the solver's.
+    Cost: the solver's products (d for a direct one, such as `lineax.LU`), and two more, for the
+    residuals of the start and of the result. Memory: the solver's.
     Not for solvers that need to be told a structure, such as `lineax.Cholesky` or
     `lineax.Diagonal`: the operator has no tags, and lineax refuses. Nor where Φ holds collectives
     in a `shard_map`, which JAX refuses. Where one of `fp`, `cg`, `gmres`, `bicgstab`, `dense` will
     do, its status says more.
     Assumed, not checked: for `lineax.CG`, that I − M is positive semidefinite, as it is tagged
-    then; only the residual of the result is looked at.
+    then; only the residual of the result is looked at. A residual at rounding says nothing of the
+    error of x where I − M is close to singular.
 
     Args:
         solver: A `lineax.AbstractLinearSolver` for square operators.
 
     Returns:
-        A `LinearSolver` whose status is lineax's verdict, but that a residual far above its tolerances
-        is not called solved; the residual is computed here.
+        A `LinearSolver`. It has converged where the residual, computed here, is within ten times what
+        the solver's `rtol` and `atol` ask for, or at rounding, and below ‖b‖. A direct solver is held
+        to the rounding of a backward-stable solve, as `dense` is: `SINGULAR` where that means nothing.
 
     Raises:
         ImportError: Where lineax is not installed; the extra `lineax` installs it.
@@ -119,33 +121,47 @@ def from_lineax(solver: Any) -> LinearSolver:
             "make one, as in `lineax.GMRES(rtol=1e-6, atol=1e-6)`."
         )
 
+    inner = getattr(solver, "inner_solver", solver)
+    iterative = hasattr(inner, "rtol")
+
     def solve(system: System) -> tuple[PyTree, SolveInfo]:
         structure = jax.eval_shape(lambda: system.b)
         tags = (lineax.positive_semidefinite_tag,) if isinstance(solver, lineax.CG) else ()
         operator = lineax.FunctionLinearOperator(system.product, structure, tags)
-        solution = lineax.linear_solve(
-            operator,
-            system.b,
-            solver,
-            options={"y0": system.x0} if system.x0 is not None else {},
-            throw=False,
-        )
+        b, unravel, size = system.b, lambda x: x, jnp.asarray(jnp.nan)
+        if not iterative:  # It would make the matrix anyway; here its norm is seen too.
+            matrix = operator.as_matrix()
+            b, unravel = ravel_pytree(b)
+            operator, size = lineax.MatrixLinearOperator(matrix), jnp.linalg.norm(matrix)
+        y0 = {"y0": system.x0} if iterative and system.x0 is not None else {}
+        solution = lineax.linear_solve(operator, b, solver, options=y0, throw=False)
         ok = solution.result == lineax.RESULTS.successful
         steps = solution.stats.get("num_steps", 1)
         # Iterative solvers of lineax answer a residual of 0 with 0/0, and call some breakdowns a
         # success: a start that solves the system, and zero for b = 0, is the answer itself.
         start = tree.zeros_like(system.b) if system.x0 is None else system.x0
         solved = system.residual_norm(start) <= system.floor(start)
-        x = tree.where(solved, start, solution.value)
-        residual, floor = system.residual_norm(x), system.floor(x)
-        fine = ok | (residual <= floor)
-        status = status_where(fine, Status.CONVERGED, Status.MAX_STEPS)
-        # Its tolerances are meant entry by entry; ten times that, over all entries, is a miss.
-        size = sum(leaf.size for leaf in jax.tree.leaves(system.b))
-        rtol, atol = getattr(solver, "rtol", 0.0), getattr(solver, "atol", 0.0)
-        asked = system.norm * rtol + size**0.5 * atol
-        limit = jnp.maximum(10 * asked, jnp.maximum(system.eps**0.5 * system.norm, floor))
-        missed = residual > jnp.minimum(limit, system.norm)
-        return x, system.fixed(steps, x, status_where(missed, Status.MAX_STEPS, status))
+        x = tree.where(solved, start, unravel(solution.value))
+        residual = system.residual_norm(x)
+        # eps ‖A‖ ‖x‖ is the backward error of a direct solve, and the rounding of any product; where it
+        # is as large as b, x means nothing. ‖A‖ ≤ 2 for contractions, of which there is no matrix here.
+        rounding = system.eps * (2.0 if iterative else size) * norm_of(x)
+        lost = ~(rounding < system.noise * system.norm) & ~solved
+        if iterative:
+            # Its tolerances are meant entry by entry; ten times that, over all entries, is a miss. So
+            # is x = 0, whose residual is b.
+            entries = sum(leaf.size for leaf in jax.tree.leaves(system.b))
+            asked = system.norm * inner.rtol + entries**0.5 * inner.atol
+            least = jnp.minimum(system.floor(x), system.eps**0.5 * system.norm)
+            limit = jnp.maximum(jnp.where(ok, 10 * asked, 0.0), least)
+            limit = jnp.minimum(limit, (1 - system.noise) * system.norm)
+            status = status_where(lost, Status.MAX_STEPS, Status.CONVERGED)
+        else:
+            limit = 64 * (system.eps * system.norm + rounding)
+            limit = jnp.minimum(limit, system.noise * system.norm)
+            status = status_where(lost & jnp.isfinite(size), Status.SINGULAR, Status.CONVERGED)
+        missed = ~(residual <= limit) & ~solved & (status == int(Status.CONVERGED))
+        status = status_where(missed, Status.MAX_STEPS, status)
+        return x, system.fixed(steps, x, status)
 
     return linear_solver("from_lineax", solve, scaled=False, direct=True)

@@ -9,6 +9,7 @@ from jax import lax
 
 from ..failure import check_on_failure
 from ..iteration import Measured, Progress, first_progress, verdict
+from ..packing import stopped_by_residual
 from ..printing import printed
 from ..realify import Space, real_dtype, realified
 from ..replication import steady
@@ -67,7 +68,8 @@ def anderson(
         A solver, `solver(w0, *args, **kwargs) -> w`, with `solver.with_info`.
 
     Raises:
-        TypeError: `phi` is not callable; when called, Φ(w₀) does not look like `w0`.
+        TypeError: `phi` is not callable; when called, Φ(w₀) does not look like `w0`; where JAX
+            differentiates the steps that a tolerance ends, as `itd` asks for.
         ValueError: For both or none of `num_steps` and `max_steps`, and bad numbers.
 
     >>> solver = anderson(lambda w, lam: 0.9 * w + lam, max_steps=20, rtol=1e-6)
@@ -150,7 +152,8 @@ def anderson(
         s = step(s)
         start = s.measured.norm
         s = lax.while_loop(unfinished, step, s)
-        return from_real(s.w), verdict(s.i, s.measured, start, s.progress)
+        info = verdict(s.i, s.measured, start, s.progress)
+        return stopped_by_residual("anderson", from_real(s.w)), info
 
     return CheckedSolver(with_info, on_failure, stop.num_steps is None)
 

@@ -6,6 +6,7 @@ from jax import lax
 
 from ..failure import check_on_failure
 from ..iteration import iterate
+from ..packing import stopped_by_residual
 from ..printing import printed
 from ..replication import steady
 from ..types import OnFailure, Phi, PyTree, Scalar, SolveInfo, check_callable, stopping
@@ -48,7 +49,8 @@ def picard(
         A solver, `solver(w0, *args, **kwargs) -> w`, with `solver.with_info`.
 
     Raises:
-        TypeError: `phi` is not callable; when called, Φ(w₀) does not look like `w0`.
+        TypeError: `phi` is not callable; when called, Φ(w₀) does not look like `w0`; where JAX
+            differentiates the steps that a tolerance ends, as `itd` asks for.
         ValueError: For both or none of `num_steps` and `max_steps`, and bad numbers.
 
     >>> solver = picard(lambda w, lam: 0.5 * w + lam, max_steps=100, rtol=1e-6)
@@ -72,6 +74,6 @@ def picard(
         measure = functools.partial(lower.measured, stop)
         image = lower.phi(lower.w0)
         w, _, info = iterate(lower.phi, lower.w0, image, measure, stop.max_steps)
-        return w, info
+        return stopped_by_residual("picard", w), info
 
     return CheckedSolver(with_info, on_failure, stop.num_steps is None)
