@@ -27,9 +27,9 @@ from .certificate import certified as certified
 from .certificate import certify as certify
 from .certificate import polished as polished
 from .decorator import fixed_point as fixed_point
-from .diagnostics import Check as Check
+from .diagnostics import GradientCheck as GradientCheck
 from .diagnostics import Recommendation as Recommendation
-from .diagnostics import check as check
+from .diagnostics import check_gradient as check_gradient
 from .diagnostics import recommend as recommend
 from .estimators import aid as aid
 from .estimators import forward as forward
@@ -80,10 +80,10 @@ __all__ = [
     "Bilevel",
     "BilevelState",
     "Certificate",
-    "Check",
     "CheckedSolver",
     "Estimator",
     "Forward",
+    "GradientCheck",
     "Hypergradient",
     "HypergradientInfo",
     "HypergradientState",
@@ -109,7 +109,7 @@ __all__ = [
     "certified",
     "certify",
     "cg",
-    "check",
+    "check_gradient",
     "checked",
     "cold",
     "damped",
