@@ -151,6 +151,46 @@ def test_phi_is_traced_a_bounded_number_of_times():
     assert len(CALLS) < 40
 
 
+def test_a_solver_says_which_of_several_fixed_points_is_meant():
+    def wells(w, lam):
+        return w - 0.1 * (w**3 - lam**2 * w)
+
+    hypergrad = fg.adaptive_hypergradient(
+        lambda w, lam: w + 0 * lam,
+        wells,
+        rtol=1e-6,
+        solver=lambda w, lam: w + 0.9 * lam,
+    )
+    grad, state = hypergrad.update(hypergrad.init(0.0, 2.0), 2.0)  # w = λ, and not the saddle at 0.
+    np.testing.assert_allclose(grad, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(state.w, 2.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_an_outer_loop_that_reaches_its_minimum_goes_on_with_a_zero_gradient(dtype):
+    target = jnp.array([1.0, 2.0, 3.0], dtype)
+
+    def phi(w, lam):
+        return jnp.tanh(0.5 * w) + 0.5 * lam
+
+    def distance(w, lam):
+        return jnp.sum((w - target) ** 2) + 0 * jnp.sum(lam)
+
+    hypergrad = fg.adaptive_hypergradient(distance, phi, rtol=1e-2)
+    minimum = 2 * (target - jnp.tanh(0.5 * target))
+
+    @jax.jit
+    def run(lam):
+        state = hypergrad.init(jnp.zeros(3, dtype), lam)
+        return hypergrad.update(state, lam)
+
+    grad, state = run(minimum)
+    assert np.linalg.norm(grad) <= 100 * jnp.finfo(dtype).eps
+    assert state.info.lower.status in (fg.Status.AT_FLOOR, fg.Status.CONVERGED)
+    grad, state = run(2 * minimum)
+    assert state.info.lower.status == fg.Status.CONVERGED
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("rtol", 1.0), ("rtol", -1.0), ("atol", -1.0), ("safety", 0.9), ("max_products", 0)],

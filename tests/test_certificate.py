@@ -189,17 +189,39 @@ def test_single_precision_is_right_or_not_valid(solution, truth):
 
 @pytest.mark.parametrize(
     ("w", "reason"),
-    [([0.02, 0.01], fg.Reason.REPELLED), ([0.99, 0.01], fg.Reason.VALID)],
-    ids=["near a saddle", "near a minimum"],
+    [
+        ([0.02, 0.01], fg.Reason.REPELLED),
+        ([0.0, 0.09], fg.Reason.REPELLED),
+        ([0.0, 0.1], fg.Reason.REPELLED),
+        ([0.99, 0.01], fg.Reason.VALID),
+    ],
+    ids=["near a saddle", "on the ridge that leads to it", "at the saddle", "near a minimum"],
 )
 def test_a_fixed_point_that_descent_leaves_is_not_the_one_that_is_meant(w, reason):
     def loss(w, lam):  # Two wells around a saddle at (0, λ).
-        return 0.25 * (w[0] ** 2 - 1.0) ** 2 + 0.5 * (w[1] - lam) ** 2 + 0.1 * lam * w[0]
+        return 0.25 * (w[0] ** 2 - 1.0) ** 2 + 0.5 * (w[1] - lam) ** 2
 
     phi = fg.gradient_descent(loss, step_size=0.1)
     c = fg.certify(lambda w, lam: w @ w, phi, jnp.array(w), jnp.zeros(2), jnp.asarray(0.1))
     assert fg.Reason(int(c.reason)) == reason
     assert bool(c.valid) == (reason == fg.Reason.VALID)
+
+
+def test_a_saddle_among_many_directions_is_seen_from_the_start_where_nothing_moves():
+    # A network at w = 0: of forty directions one leads away, by a tenth of the largest curvature.
+    curvature = jnp.concatenate([jnp.array([-0.1]), jnp.linspace(0.05, 1.0, 39)])
+
+    def loss(w, lam):
+        return 0.5 * jnp.sum(curvature * w**2) + 0.25 * w[0] ** 4 + 0 * lam * jnp.sum(w)
+
+    phi = fg.gradient_descent(loss, step_size=1.0)
+    objective = lambda w, lam: jnp.sum(w) + lam  # noqa: E731
+    c = fg.certify(objective, phi, jnp.zeros(40), None, jnp.asarray(1.0))
+    assert c.reason == fg.Reason.REPELLED
+    hypergrad = fg.adaptive_hypergradient(objective, phi, rtol=1e-2)
+    grad, state = hypergrad.update(hypergrad.init(jnp.zeros(40), 1.0), 1.0)
+    assert state.certificate.reason == fg.Reason.REPELLED
+    assert np.isnan(grad)
 
 
 def test_an_expansive_phi_is_certified_at_its_fixed_point():
@@ -302,6 +324,29 @@ def test_the_proved_tier_refuses_without_constants(solution):
 def test_bad_numbers_are_refused(solution, bad):
     with pytest.raises(ValueError, match=f"`{next(iter(bad))}` of `certify`"):
         fg.certify(outer, phi, solution, solution, LAM, **bad)
+
+
+def scaled(w, lam, *, safety=1.0):  # Its data has the name of an option.
+    return 0.5 * w + safety * lam
+
+
+SCALED = fg.hypergradient(
+    lambda w, lam, *, safety=1.0: w,
+    scaled,
+    lambda w0, lam, *, safety=1.0: 2 * safety * lam,
+    fg.aid(fg.dense()),
+)
+
+
+@pytest.mark.parametrize("transform", [fg.certified, fg.polished])
+def test_data_with_the_name_of_an_option_is_data(transform):
+    hypergrad = transform(SCALED)
+    grad, state = hypergrad.update(hypergrad.init(0.0, 1.0, safety=3.0), 1.0, safety=3.0)
+    assert grad == 6
+    assert state.certificate.valid
+    np.testing.assert_allclose(state.certificate.polished, 6.0, rtol=1e-12)
+    by_itself = fg.certify(SCALED.outer, scaled, 6.0, 2.0, 1.0, kwargs={"safety": 3.0})
+    np.testing.assert_allclose(by_itself.polished, 6.0, rtol=1e-12)
 
 
 def test_a_v_of_another_shape_is_refused(solution):

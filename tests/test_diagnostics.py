@@ -1,5 +1,6 @@
-"""`recommend` and `check`: what they find, what they choose, what they say."""
+"""`recommend` and `check_gradient`: what they find, what they choose, what they say."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -84,7 +85,12 @@ def test_the_recommended_estimator_is_ready_to_use(contractive, skew, rotating):
 
 def test_a_step_above_two_over_l_is_named(overshooting):
     assert overshooting.spectral_radius > 1.25
-    assert any("step size above 2/L" in w for w in overshooting.warnings)
+    # 2/2.3 = 0.87 of the step is 2/L, and 2/(2.3 + 0.5) = 0.71 of it is 2/(L + mu).
+    text = "\n".join(overshooting.warnings)
+    found = re.search(
+        r"2/L. Phi contracts below (\S+) times this step, and best at (\S+) times", text
+    )
+    np.testing.assert_allclose([float(x) for x in found.groups()], [2 / 2.3, 2 / 2.8], rtol=0.02)
     assert any("not a contraction" in w for w in overshooting.warnings)
     assert not any(a.name.startswith("aid(fp(") for a in overshooting.alternatives)
 
@@ -96,9 +102,42 @@ def test_an_indefinite_lower_level_is_named():
     assert not advice.name.startswith("aid(cg(")
 
 
-def test_a_lower_level_without_a_fixed_point_is_named():
+def test_nothing_is_recommended_where_nothing_works():
     advice = fg.recommend(outer, lambda w, lam: w + 1 + 0.0 * lam, jnp.zeros(SIZE), jnp.ones(SIZE))
     assert any("not solved" in w for w in advice.warnings)
+    assert advice.estimator is None
+    assert advice.name == "nothing"
+    assert not any(a.usable for a in advice.alternatives)
+    text = str(advice)
+    assert text.startswith("recommended: nothing works here\n")
+    assert "the lower level was not solved, and Phi does not contract (rho(J) = 1)" in text
+
+
+def test_a_solver_of_yours_says_where_the_lower_level_is():
+    def phi(
+        w, lam
+    ):  # From 0, Newton's method does not come to one of the wells, as descent does not.
+        return w - 0.1 * (w**3 - w) + 0 * lam
+
+    at_a_saddle = fg.recommend(outer, phi, jnp.zeros(2), jnp.ones(2))
+    in_a_well = fg.recommend(
+        outer, phi, jnp.zeros(2), jnp.ones(2), solver=lambda w0, lam: w0 + jnp.sign(lam)
+    )
+    assert at_a_saddle.spectral_radius > 1
+    np.testing.assert_allclose(in_a_well.spectral_radius, 0.8)
+    assert in_a_well.residual == 0
+    assert in_a_well.estimator is not None
+
+
+def test_the_products_of_a_recommendation_are_bounded():
+    # I - J is so ill-conditioned that the methods want more steps than they get.
+    advice = advise(symmetric(-0.9, 0.99999), max_products=100)
+    few = [a for a in advice.alternatives if not a.usable and a.name.startswith("aid(fp(")]
+    assert [a.why for a in few] == ["MAX_STEPS"]
+    assert all(a.products <= 100 for a in few)
+    assert advice.name == "aid(dense())"
+    with pytest.raises(ValueError, match="`max_products` of `recommend`"):
+        advise(symmetric(0.0, 0.5), max_products=0)
 
 
 def test_the_alternatives_are_sorted_by_cost_and_print(contractive):
@@ -121,13 +160,15 @@ def test_bad_arguments_are_refused():
 def checked(estimator, steps=300):
     phi = affine(symmetric(-0.2, 0.9))
     solve = fg.fixed_point(phi, estimator)(fg.picard(phi, num_steps=steps))
-    return fg.check(solve, outer, phi, jnp.zeros(SIZE), jnp.ones(SIZE))
+    return fg.check_gradient(solve, outer, phi, jnp.zeros(SIZE), jnp.ones(SIZE))
 
 
 def test_a_right_gradient_agrees_with_all_three():
     found = checked(fg.aid(fg.dense()))
     assert found.disagree == ()
-    assert max(found.against_polished, found.against_itd, found.against_difference) < 1e-5
+    assert found.agree == ("polished", "ITD", "finite difference")
+    for answer in (found.polished, found.itd, found.finite_difference):
+        assert answer.difference < 1e-5
     assert found.certificate.valid
     assert "all agree" in str(found)
 
@@ -145,7 +186,9 @@ def test_a_wrong_derivative_rule_is_caught_by_all():
         return jnp.linalg.solve(jnp.eye(SIZE) - symmetric(-0.2, 0.9), lam)
 
     solve.defvjp(lambda w0, lam: (solve(w0, lam), None), lambda _, g: (0 * g, g))
-    found = fg.check(solve, outer, affine(symmetric(-0.2, 0.9)), jnp.zeros(SIZE), jnp.ones(SIZE))
+    found = fg.check_gradient(
+        solve, outer, affine(symmetric(-0.2, 0.9)), jnp.zeros(SIZE), jnp.ones(SIZE)
+    )
     assert set(found.disagree) == {"polished", "ITD", "finite difference"}
 
 
@@ -203,13 +246,92 @@ RIGHT = {
 def test_check_accuses_nothing_that_is_right(case):
     phi, outer, lam, solver = RIGHT[case]
     solve = fg.fixed_point(phi, fg.aid(fg.dense()))(solver)
-    assert fg.check(solve, outer, phi, 0.0, lam).disagree == ()
+    assert fg.check_gradient(solve, outer, phi, 0.0, lam).disagree == ()
+
+
+def _quadratic(w, lam):  # F = 0 where w = λ; as Φ it has other fixed points, or none.
+    return 3.0 * (w - lam)
+
+
+# The residual F of a solver of F(w, λ) = 0 in Φ's place; F, E.
+RESIDUALS = {
+    "linear objective": (_quadratic, lambda w, lam: jnp.sum(w)),
+    "quadratic objective": (_quadratic, lambda w, lam: jnp.sum((w - 0.3) ** 2)),
+    "the plain gradient of half a square": (
+        lambda w, lam: w - lam,
+        lambda w, lam: jnp.sum((w - 0.3) ** 2),
+    ),
+    "an unsolvable system": (lambda w, lam: w - lam, lambda w, lam: jnp.sum(w)),
+}
+
+
+@pytest.mark.parametrize("case", RESIDUALS)
+def test_a_residual_in_the_place_of_phi_is_found_out(case):
+    residual, outer = RESIDUALS[case]
+    solve = fg.fixed_point(residual, fg.aid(fg.dense()), on_failure="ignore")(
+        lambda w0, lam: 0 * w0 + lam
+    )
+    found = fg.check_gradient(solve, outer, residual, jnp.zeros(2), jnp.array([1.0, -2.0]))
+    assert found.agree == ()
+    assert "finite difference" in found.disagree or not np.isfinite(found.gradient).all()
+    assert any("is `phi` the residual F(w, lam)? Then Phi = w - F" in w for w in found.warnings)
+    assert "all agree" not in str(found)
+
+
+def test_an_invalid_certificate_is_no_witness():
+    # Newton's method for arctan(w) = λ diverges from |w| > 1.4, where the solver stopped.
+    def phi(w, lam):
+        return w - jnp.arctan(w - lam)
+
+    solve = fg.fixed_point(phi, fg.aid(fg.dense()))(lambda w0, lam: w0)
+    found = fg.check_gradient(solve, lambda w, lam: w**2, phi, 40.0, 0.0)
+    assert not found.certificate.valid
+    assert found.polished.verdict == "inconclusive"
+    assert found.polished.why == "the certificate is not valid: FAR"
+
+
+@pytest.mark.parametrize("lam", [0.9969, 0.9999999])
+def test_a_right_gradient_beside_a_kink_is_not_accused(lam):
+    def phi(w, lam):  # The Lasso with three features; the first one leaves at λ = 1.
+        u = 0.5 * (w + jnp.array([1.0, 2.0, 3.0], jnp.float32))
+        return jnp.sign(u) * jnp.maximum(jnp.abs(u) - jnp.float32(0.5) * lam, 0)
+
+    solve = fg.fixed_point(phi, fg.aid(fg.dense()))(fg.picard(phi, num_steps=100))
+    w0 = jnp.zeros(3, jnp.float32)
+    found = fg.check_gradient(solve, lambda w, lam: jnp.sum(w), phi, w0, jnp.float32(lam))
+    assert found.gradient == -3
+    assert found.finite_difference.verdict == "inconclusive"
+    assert found.agree == ("polished", "ITD")
+
+
+def test_a_complex_lambda_is_differenced_along_its_steepest_ascent():
+    def phi(w, lam):
+        return 0.4j * w + lam
+
+    solve = fg.fixed_point(phi, fg.aid(fg.dense()))(fg.picard(phi, num_steps=80))
+    w0, lam = jnp.zeros(2, complex), jnp.array([1.0 + 2j, 0.5j])
+    found = fg.check_gradient(solve, lambda w, lam: jnp.sum(jnp.abs(w - 0.3) ** 2), phi, w0, lam)
+    assert found.agree == ("polished", "ITD", "finite difference"), str(found)
+
+
+def test_a_difference_that_rounding_hides_is_inconclusive():
+    def phi(w, lam):
+        return 0.5 * w + lam
+
+    solve = fg.fixed_point(phi, fg.aid(fg.dense()))(lambda w0, lam: 2 * lam)
+    w0, lam = (jnp.asarray(x, jnp.float32) for x in (0.0, 1.0))
+    found = fg.check_gradient(
+        solve, lambda w, lam: 1e6 + jnp.asarray(1e-3, w.dtype) * w, phi, w0, lam
+    )
+    assert found.finite_difference.verdict == "inconclusive"
+    assert found.agree == ("polished", "ITD")
+    assert "inconclusive: finite difference" in str(found)
 
 
 def test_check_misses_no_gradient_that_was_cut():
     phi = affine(symmetric(-0.2, 0.9))
     solver = fg.picard(phi, num_steps=300)
-    found = fg.check(
+    found = fg.check_gradient(
         lambda w0, lam: jax.lax.stop_gradient(solver(w0, lam)),
         outer,
         phi,
@@ -224,7 +346,9 @@ def test_a_lower_level_that_explodes_is_named():
         lambda w, lam: jnp.sum(w**2), lambda w, lam: w + w**2 + lam, jnp.ones(3), jnp.ones(3)
     )
     assert any("not solved" in w for w in advice.warnings)
-    assert advice.name == "itd()"
+    assert advice.name in ("itd()", "nothing")
+    chosen = [a for a in advice.alternatives if a.name == advice.name]
+    assert all(a.usable for a in chosen)
 
 
 def test_a_map_with_next_to_no_jacobian_counts_as_symmetric():

@@ -768,6 +768,50 @@ TRUST_ROWS = [
         lambda: fg.certified(half),
     ),
     Row(
+        "certified with a misspelt option",
+        TypeError,
+        "unexpected keyword argument 'solve_rtoll'",
+        lambda: fg.certified(HYPERGRAD, solve_rtoll=0.1),
+    ),
+    Row(
+        "certified with a bad number, before anything runs",
+        ValueError,
+        r"`solve_rtol` of `certified` must be a number in \(0, 1\), got 2.0",
+        lambda: fg.certified(HYPERGRAD, solve_rtol=2.0),
+    ),
+    Row(
+        "certify with a misspelt option",
+        TypeError,
+        "unexpected keyword argument 'solve_rtoll'",
+        lambda: fg.certify(loss, half, ONES, ONES, ONES, solve_rtoll=0.1),
+    ),
+    Row(
+        "certify with keyword data that is no mapping",
+        TypeError,
+        r'`kwargs` of `certify` must be a mapping from names to data, got 3 .* write kwargs={"x": x}',
+        lambda: fg.certify(loss, half, ONES, ONES, ONES, kwargs=3),
+    ),
+    Row(
+        "certify with an option that may be data",
+        TypeError,
+        r'`safety` is an option of `certify` and a parameter of `phi` .* write kwargs={"safety": ...}',
+        lambda: fg.certify(
+            loss, lambda w, lam, safety=1.0: safety * half(w, lam), ONES, ONES, ONES, safety=3.0
+        ),
+    ),
+    Row(
+        "check_gradient with a misspelt option",
+        TypeError,
+        "unexpected keyword argument 'steps'",
+        lambda: fg.check_gradient(half, loss, half, ONES, ONES, steps=3),
+    ),
+    Row(
+        "recommend with a misspelt option",
+        TypeError,
+        "unexpected keyword argument 'tol'",
+        lambda: fg.recommend(loss, half, ONES, ONES, tol=1e-3),
+    ),
+    Row(
         "adaptive update with its arguments exchanged",
         TypeError,
         r"`state` of `update` must be what `init` or the last `update` returned, got ",
@@ -776,14 +820,14 @@ TRUST_ROWS = [
     Row(
         "check without an objective",
         TypeError,
-        r"`outer` of `check` must be a function `outer\(w, lam, \*args\) -> scalar`, got None",
-        lambda: fg.check(lambda w0, lam: w0, None, half, ONES, ONES),
+        r"`outer` of `check_gradient` must be a function `outer\(w, lam, \*args\) -> scalar`, got None",
+        lambda: fg.check_gradient(lambda w0, lam: w0, None, half, ONES, ONES),
     ),
     Row(
         "check under jit",
         TypeError,
-        r"`check` looks at numbers .* got a traced float64\[2\]; call it outside `jit`",
-        lambda: jax.jit(lambda lam: fg.check(half, loss, half, ONES, lam))(ONES),
+        r"`check_gradient` looks at numbers .* got a traced float64\[2\]; call it outside `jit`",
+        lambda: jax.jit(lambda lam: fg.check_gradient(half, loss, half, ONES, lam))(ONES),
     ),
     Row(
         "recommend under vmap",

@@ -30,9 +30,9 @@ from .certificate import certified as certified
 from .certificate import certify as certify
 from .certificate import polished as polished
 from .decorator import fixed_point as fixed_point
-from .diagnostics import Check as Check
+from .diagnostics import GradientCheck as GradientCheck
 from .diagnostics import Recommendation as Recommendation
-from .diagnostics import check as check
+from .diagnostics import check_gradient as check_gradient
 from .diagnostics import recommend as recommend
 from .estimators import aid as aid
 from .estimators import forward as forward
@@ -84,10 +84,10 @@ __all__ = [
     "BilevelInfo",
     "BilevelState",
     "Certificate",
-    "Check",
     "CheckedSolver",
     "Estimator",
     "Forward",
+    "GradientCheck",
     "Hypergradient",
     "HypergradientInfo",
     "HypergradientState",
@@ -115,7 +115,7 @@ __all__ = [
     "certified",
     "certify",
     "cg",
-    "check",
+    "check_gradient",
     "checked",
     "cold",
     "damped",

@@ -10,6 +10,7 @@ from jax import lax
 
 from ..failure import check_on_failure, enforce
 from ..hypergradient import Hypergradient, HypergradientInfo, HypergradientState, check_state
+from ..lower import solve_with_info
 from ..packing import (
     blank,
     eval_shape,
@@ -17,6 +18,7 @@ from ..packing import (
     partition,
     settled_lam,
     started,
+    strongly_typed,
     zeros_like_inexact,
 )
 from ..printing import printed
@@ -29,10 +31,12 @@ from ..types import (
     Phi,
     PyTree,
     Scalar,
+    Solver,
     Status,
     check_callable,
     check_count,
     check_number,
+    check_same,
     is_failure,
     solve_info,
     status_where,
@@ -47,6 +51,11 @@ tree = optax.tree
 _MAX_ROUNDS = 20
 
 
+def _stay(w0: PyTree, /, *_: PyTree, **__: PyTree) -> PyTree:
+    """The solver that leaves w where it is."""
+    return w0
+
+
 @printed
 def adaptive_hypergradient(
     outer: Outer,
@@ -56,6 +65,7 @@ def adaptive_hypergradient(
     atol: Scalar = 0.0,
     max_products: int = 100_000,
     linear_solver: Callable[[Scalar], LinearSolver] = krylov,
+    solver: Solver = _stay,
     safety: Scalar = 1.25,
     on_failure: OnFailure = "nan",
 ) -> Hypergradient:
@@ -67,6 +77,9 @@ def adaptive_hypergradient(
     the tolerance, in proportion to what a digit costs it; the two thresholds shrink accordingly, and
     the next round goes on from the corrected pair (w⁺, v⁺). The result is the corrected gradient g⁺
     of the last round, while the tolerance is met by the estimate for ĝ before the correction.
+
+    Near a minimum of f the terms of ∇f cancel. Where the error left is rounding, and is below rtol
+    times the size of these terms, the request counts as met, with the status `AT_FLOOR`.
 
     Every update starts from the w and v of the last one: in an outer loop most of the work is done
     already. For a descent direction a relative error below 1 suffices: loose tolerances early are
@@ -86,6 +99,9 @@ def adaptive_hypergradient(
             round: the last round may exceed it, by the linear solves that it has begun.
         linear_solver: A function of a relative tolerance that returns a `LinearSolver`, such as
             `lambda rtol: cg(max_steps=1000, rtol=rtol)` where J is symmetric.
+        solver: `solver(w, lam, *args, **kwargs) -> w`, run in each update before anything else: the
+            Newton–Krylov steps start at its result. By default they start at the last w itself. A
+            solver of yours is the one that knows which fixed point is meant, where there are several.
         safety: Factor on the estimate.
         on_failure: What becomes of a gradient that missed the tolerance: "nan", "warn", "raise" or
             "ignore". The state says how far it came in any case.
@@ -107,6 +123,7 @@ def adaptive_hypergradient(
     where = "adaptive_hypergradient"
     check_callable(where, "outer", outer, "outer(w, lam, *args) -> scalar")
     check_callable(where, "phi", phi, "phi(w, lam, *args) -> w")
+    check_callable(where, "solver", solver, "solver(w, lam, *args) -> w")
     check_factory(where, linear_solver)
     check_number(where, "rtol", rtol, lambda x: 0 <= x < 1, "a number in [0, 1)")
     check_number(where, "atol", atol, lambda x: x >= 0, "a number >= 0")
@@ -133,7 +150,7 @@ def adaptive_hypergradient(
         certificate = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(like))
         zero, false = jnp.int32(0), jnp.asarray(False)
         spent = Products(zero, zero, zero)
-        return _Round(w, v, tau, tau, seen, certificate, spent, zero, false, false)
+        return _Round(w, v, tau, tau, seen, certificate, spent, zero, false, false, false)
 
     def one_round(packed: Packed, s: _Round) -> _Round:
         dtype = norm(s.w).dtype
@@ -154,6 +171,12 @@ def adaptive_hypergradient(
             jnp.asarray(rtol, dtype) * norm(certificate.polished), jnp.asarray(atol, dtype)
         )
         met = certificate.valid & (certificate.error <= tol)
+        # Where ∇f = 0 no relative tolerance can be met, as what is left is the rounding of the terms
+        # that cancel: ∇₂E, Bᵀv, and what w adds to them. It is to be small relative to these.
+        terms = p.terms + ratio(norm(p.lower) * norm(w), norm(tree.sub(w, p.w)))
+        only_rounding = certificate.error <= 4 * p.rounding
+        at_floor = only_rounding & (certificate.error <= jnp.asarray(rtol, dtype) * terms)
+        met_at_floor = certificate.valid & ~met & at_floor
         # Of what may remain each stage gets a share in proportion to what a digit costs it: the sum of
         # a ln(1/θ) and b ln(1/(1 − θ)) is least at θ = a/(a + b). Both solves of the pass went to the
         # same relative tolerance, so that their products show a : b. A stage that has its share
@@ -168,7 +191,7 @@ def adaptive_hypergradient(
         shrink_v = jnp.where(certificate.valid, shrink_v, LOOSE)
         # The pass has already brought (w, v) to (w⁺, v⁺).
         improved = (c.left_w <= 0.5) & jnp.isfinite(certificate.error)
-        w, v = tree.where(improved & ~met, (p.w, p.v), (w, v))
+        w, v = tree.where(improved & ~(met | met_at_floor), (p.w, p.v), (w, v))
         # Twice at the floor of the dtype, or not finite: there is nothing to gain any more.
         stuck = (certificate.at_floor & s.certificate.at_floor) | ~jnp.isfinite(norm(w))
         return _Round(
@@ -180,7 +203,8 @@ def adaptive_hypergradient(
             certificate,
             spent,
             s.rounds + 1,
-            met,
+            met | met_at_floor,
+            met_at_floor,
             stuck,
         )
 
@@ -193,13 +217,18 @@ def adaptive_hypergradient(
     ) -> tuple[PyTree, HypergradientState]:
         check_state(state)
         w0, v0 = state.memory
-        packed = pack(where, outer, phi, w0, lam, args, kwargs)
-        s = start(packed, packed.w, partition(v0)[0])
+        solved, _ = solve_with_info(solver, w0, lam, *args, **kwargs)
+        check_same(where, solved, w0, "`solver(w, ...)`", "`w0`")
+        solved = strongly_typed(solved)
+        packed = pack(where, outer, phi, solved, lam, args, kwargs)
+        finite = jnp.isfinite(norm(packed.w))
+        s = start(packed, tree.where(finite, packed.w, partition(w0)[0]), partition(v0)[0])
         s = lax.while_loop(unfinished, lambda s: one_round(packed, s), s)
 
         c = s.certificate
         missed = status_where(jnp.isfinite(c.error), Status.MAX_STEPS, Status.NON_FINITE)
-        status = status_where(s.met, Status.CONVERGED, missed)
+        reached = status_where(s.by_rounding, Status.AT_FLOOR, Status.CONVERGED)
+        status = status_where(s.met, reached, missed)
         lower = solve_info(s.products.phi + s.products.j, c.residual_w, status)
         linear = solve_info(s.products.jt, c.residual_v, status)
         grad = placed_like(c.polished, lam)
@@ -241,6 +270,7 @@ class _Round(NamedTuple):
     products: Products
     rounds: jax.Array
     met: jax.Array
+    by_rounding: jax.Array
     stuck: jax.Array
 
 

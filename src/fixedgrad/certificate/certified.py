@@ -1,25 +1,35 @@
 """Certificates in the explicit form: `certified` and `polished` transform a `Hypergradient`."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 import optax
 from jax import lax
 
+from ..bounds import Constants
 from ..hypergradient import Hypergradient, HypergradientState
 from ..packing import blank, eval_shape
 from ..printing import printed
 from ..realify import norm
 from ..replication import placed_like
-from ..types import PyTree, check_count
-from .certify import Certificate, certify
+from ..types import LinearSolver, PyTree, Scalar, check_count
+from .certify import Certificate, Level, Options, certificate_of, check_options
+from .lagrangian import krylov
 
 tree = optax.tree
 
 
 @printed
-def certified(hypergrad: Hypergradient, *, every: int = 1, **options: Any) -> Hypergradient:
+def certified(
+    hypergrad: Hypergradient,
+    *,
+    every: int = 1,
+    level: Level = "estimate",
+    constants: Constants | None = None,
+    solve_rtol: Scalar = 0.01,
+    safety: Scalar = 1.25,
+    linear_solver: Callable[[Scalar], LinearSolver] = krylov,
+) -> Hypergradient:
     """The same hypergradient, with a `Certificate` in its state, renewed every `every` updates.
 
     It is of the ĝ = ∇₂E + Bᵀv that the (w, v) in the state gives, or of the gradient itself where the
@@ -30,14 +40,18 @@ def certified(hypergrad: Hypergradient, *, every: int = 1, **options: Any) -> Hy
     Args:
         hypergrad: The result of `hypergradient`.
         every: How often to certify; the first update always is.
-        **options: Of `certify`: `level`, `constants`, `solve_rtol`, `safety`, `linear_solver`.
+        level: As in `certify`.
+        constants: As in `certify`.
+        solve_rtol: As in `certify`.
+        safety: As in `certify`.
+        linear_solver: As in `certify`.
 
     Returns:
         A `Hypergradient` with the same `init` and `update`; see `state.certificate`.
 
     Raises:
-        TypeError: `hypergrad` does not come from `hypergradient`.
-        ValueError: `every` is not a positive integer; see also `certify`.
+        TypeError: `hypergrad` does not come from `hypergradient`, or `linear_solver` is no factory.
+        ValueError: `every` is not a positive integer; an option of `certify` is not what it asks for.
 
     >>> import fixedgrad as fg
     >>> phi = lambda w, lam: 0.5 * jnp.cos(w) + lam
@@ -47,11 +61,18 @@ def certified(hypergrad: Hypergradient, *, every: int = 1, **options: Any) -> Hy
     >>> float(state.certificate.relative_error) < 0.1
     True
     """
+    options = Options(level, constants, solve_rtol, safety, linear_solver)
     return _with_certificate("certified", hypergrad, every, options, lambda grad, _: grad)
 
 
 @printed
-def polished(hypergrad: Hypergradient, **options: Any) -> Hypergradient:
+def polished(
+    hypergrad: Hypergradient,
+    *,
+    solve_rtol: Scalar = 0.01,
+    safety: Scalar = 1.25,
+    linear_solver: Callable[[Scalar], LinearSolver] = krylov,
+) -> Hypergradient:
     """The corrected hypergradient g⁺ instead of ĝ, with its `Certificate` in the state.
 
     g⁺ is handed out where the certificate is valid, ĝ elsewhere. Its error is quadratic in that of
@@ -61,13 +82,16 @@ def polished(hypergrad: Hypergradient, **options: Any) -> Hypergradient:
 
     Args:
         hypergrad: The result of `hypergradient`.
-        **options: Of `certify`: `solve_rtol`, `safety`, `linear_solver`.
+        solve_rtol: As in `certify`.
+        safety: As in `certify`.
+        linear_solver: As in `certify`.
 
     Returns:
         A `Hypergradient` with the same `init` and `update`.
 
     Raises:
-        TypeError: `hypergrad` does not come from `hypergradient`.
+        TypeError: `hypergrad` does not come from `hypergradient`, or `linear_solver` is no factory.
+        ValueError: `solve_rtol` is not in (0, 1), or `safety` is below 1.
 
     >>> import fixedgrad as fg
     >>> phi = lambda w, lam: 0.5 * w + lam
@@ -84,6 +108,7 @@ def polished(hypergrad: Hypergradient, **options: Any) -> Hypergradient:
         failed = ~jnp.isfinite(norm(grad))
         return tree.where(failed, grad, certificate.polished)
 
+    options = Options("estimate", None, solve_rtol, safety, linear_solver)
     return _with_certificate("polished", hypergrad, 1, options, choose)
 
 
@@ -91,7 +116,7 @@ def _with_certificate(
     where: str,
     hypergrad: Hypergradient,
     every: int,
-    options: dict[str, Any],
+    options: Options,
     choose: Callable[[PyTree, Certificate], PyTree],
 ) -> Hypergradient:
     if not isinstance(hypergrad, Hypergradient):
@@ -99,14 +124,15 @@ def _with_certificate(
             f"`hypergrad` of `{where}` must be the result of `hypergradient(...)`, got {hypergrad!r}."
         )
     check_count(where, "every", every)
+    check_options(where, options)
     inner_init, inner_update, outer, phi, _ = hypergrad
 
     def answer(
         grad: PyTree, state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> Certificate:
         given = grad if state.v is None else None
-        return certify(
-            outer, phi, state.w, state.v, lam, *args, gradient=given, **options, **kwargs
+        return certificate_of(
+            where, outer, phi, state.w, state.v, lam, args, kwargs, given, options
         )
 
     def update(

@@ -6,7 +6,7 @@ With the Lagrangian L(w, λ, v) = E(w, λ) + ⟨v, Φ(w, λ) − w⟩ these are 
 """
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -28,6 +28,7 @@ from ..types import (
 )
 from .dual_weighted import Refined, refine
 from .lagrangian import Packed, Products, check_factory, krylov, pack, solve_v
+from .options import NO_KWARGS, check_kwargs
 from .proved import bound
 
 tree = optax.tree
@@ -57,7 +58,9 @@ class Reason(enum.IntEnum):
     """An observation violates one of the `Constants`."""
     REPELLED = 7
     """Steps of Φ lead away from the fixed point nearby, as from a saddle of the lower level's loss that
-    gradient descent is passing: the one that they come to is another. Seen where J is symmetric."""
+    gradient descent is passing: the one that they come to is another. Seen where J is symmetric, by
+    twenty products at most, which miss an eigenvalue of J above 1 by less than about a hundredth of
+    ‖I − J‖. No objection where Φ = w − F is no iteration, and the equations F = 0 are no minimum."""
 
 
 class Certificate(NamedTuple):
@@ -112,6 +115,16 @@ class Certificate(NamedTuple):
         return printing.record(self, f"relative error {sign}{printing.number(error)}", names[0])
 
 
+class Options(NamedTuple):
+    """The options of `certify`, which documents them, but for the gradient."""
+
+    level: Level
+    constants: Constants | None
+    solve_rtol: Scalar
+    safety: Scalar
+    linear_solver: Callable[[Scalar], LinearSolver]
+
+
 def certify(
     outer: Outer,
     phi: Phi,
@@ -120,13 +133,13 @@ def certify(
     lam: PyTree,
     /,
     *args: PyTree,
+    kwargs: Mapping[str, PyTree] = NO_KWARGS,
     level: Level = "estimate",
     constants: Constants | None = None,
     solve_rtol: Scalar = 0.01,
     safety: Scalar = 1.25,
     linear_solver: Callable[[Scalar], LinearSolver] = krylov,
     gradient: PyTree | None = None,
-    **kwargs: PyTree,
 ) -> Certificate:
     """How wrong is the hypergradient ĝ = ∇₂E + Bᵀv at (w, v), and what is a better one?
 
@@ -157,7 +170,8 @@ def certify(
     Assumed, not checked: that the fixed point near w is the one that is meant, but for `REPELLED`.
 
     Cost: "estimate": two passes as a rule, each one solve with J and one with Jᵀ, to `solve_rtol` and
-    then below what those left; a rough solve with Jᵀ that tells the parts apart; thirteen products.
+    then below what those left; a rough solve with Jᵀ that tells the parts apart; twelve products, and
+    twenty at most with Jᵀ, two where J is not symmetric, that look for a saddle.
     Measured in `products`: 3 to 6 times those of the linear solve at 1e-3 alone, about as many as of
     a whole hypergradient. "proved": two Φ and about twenty products. Memory: the linear solver's.
     When not to use it: far from the solution of a non-convex problem (it says `FAR`); at kinks of a
@@ -170,6 +184,7 @@ def certify(
         v: The solution of (I − Jᵀ)v = ∇₁E at w as it was computed, like w; `None` to have it computed.
         lam: λ; the hypergradient is with respect to its inexact leaves.
         *args: Data.
+        kwargs: Data by keyword, `kwargs={"x": x}` for `phi(w, lam, x=x)`: other keywords are options.
         level: "estimate" or "proved".
         constants: `fixedgrad.bounds.Constants` at this λ, for level "proved": `mu`, `nu1`, `nu2`,
             `eta1`, `eta2`, `L_Phi` and, if Φ is a contraction, `q`, on the ball of radius ε around w.
@@ -182,13 +197,13 @@ def certify(
             is symmetric.
         gradient: An estimate that is not of the form ∇₂E + Bᵀv (`itd`); the error is then
             safety (‖gradient − g⁺‖ + remainder).
-        **kwargs: More data.
 
     Returns:
         A `Certificate`; a pytree, under `jit`, `vmap` and `lax.scan` as well.
 
     Raises:
-        TypeError: An argument is not of its kind or shape.
+        TypeError: An argument is not of its kind or shape; an option that there is not, or that could
+            be meant for a parameter of `phi` or `outer`.
         ValueError: An unknown level; "proved" without `constants`; bad numbers.
 
     >>> import fixedgrad as fg
@@ -204,17 +219,43 @@ def certify(
         element methods, Acta Numerica 2001 (dual-weighted residuals); Ehrhardt, Roberts, Analyzing
         inexact hypergradients for bilevel learning, 2023 (a-posteriori bounds).
     """
-    check_factory("certify", linear_solver)
-    check_number("certify", "solve_rtol", solve_rtol, lambda x: 0 < x < 1, "a number in (0, 1)")
-    check_number("certify", "safety", safety, lambda x: x >= 1, "a number >= 1")
-    if level not in get_args(Level):
-        raise ValueError(f"`level` of `certify` must be one of {get_args(Level)}, got {level!r}.")
-    if (level == "proved") != isinstance(constants, Constants):
+    options = Options(level, constants, solve_rtol, safety, linear_solver)
+    given = options._asdict() | {"gradient": gradient}
+    data = check_kwargs(certify, {"phi": phi, "outer": outer}, 2 + len(args), kwargs, given)
+    return certificate_of("certify", outer, phi, w, v, lam, args, data, gradient, options)
+
+
+def check_options(where: str, o: Options) -> None:
+    """Raises `TypeError` or `ValueError` unless the options are what `certify` asks for."""
+    check_factory(where, o.linear_solver)
+    check_number(where, "solve_rtol", o.solve_rtol, lambda x: 0 < x < 1, "a number in (0, 1)")
+    check_number(where, "safety", o.safety, lambda x: x >= 1, "a number >= 1")
+    if o.level not in get_args(Level):
+        raise ValueError(f"`level` of `{where}` must be one of {get_args(Level)}, got {o.level!r}.")
+    if (o.level == "proved") != isinstance(o.constants, Constants):
         raise ValueError(
-            '`certify` needs `constants`, a `fixedgrad.bounds.Constants`, for level="proved" and for '
-            f"that level only, got level={level!r}, constants={constants!r}. They must come from "
+            f'`{where}` needs `constants`, a `fixedgrad.bounds.Constants`, for level="proved" and for '
+            f"that level only, got level={o.level!r}, constants={o.constants!r}. They must come from "
             "you: no finite number of products can bound the smallest singular value of I - J."
         )
+
+
+def certificate_of(
+    where: str,
+    outer: Outer,
+    phi: Phi,
+    w: PyTree,
+    v: PyTree | None,
+    lam: PyTree,
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
+    gradient: PyTree | None,
+    options: Options,
+) -> Certificate:
+    """`certify` with its data in two arguments and its options in one: they cannot be confused."""
+    check_options(where, options)
+    level, constants, solve_rtol, safety, linear_solver = options
+    del level  # The constants say it.
     # In one compiled program, not one for each operation, where the caller has none; λ's leaves that
     # are no arrays can be no output of it.
     layout, arrays = split_static(
@@ -223,26 +264,26 @@ def certify(
 
     def compute(arrays: list[jax.Array]) -> Certificate:
         w, v, lam, args, kwargs, constants, gradient, solve_rtol, safety = layout.join(arrays)
-        packed = pack("certify", outer, phi, w, lam, args, kwargs)
+        packed = pack(where, outer, phi, w, lam, args, kwargs)
         packed = packed._replace(join_gradient=lambda x: x)
         extra = jnp.int32(0)
         if v is None:
             v_x, extra = solve_v(packed, linear_solver(solve_rtol))
         else:
             v, w = jax.tree.map(jnp.asarray, (v, w))
-            check_same("certify", v, w, "`v`", "`w`")
+            check_same(where, v, w, "`v`", "`w`")
             v_x = partition(v)[0]
         given = None
         if gradient is not None:
             given = partition(jax.tree.map(jnp.asarray, gradient))[0]
-            check_same("certify", given, packed.x, "`gradient`", "`lam` (its inexact leaves)")
+            check_same(where, given, packed.x, "`gradient`", "`lam` (its inexact leaves)")
         if constants is not None:
             return _proved(packed, v_x, constants, given)
         passes = refine(packed, packed.w, v_x, linear_solver, solve_rtol, _MAX_PASSES)
         return assess(packed, passes, given, safety, extra)
 
     certificate = jax.jit(compute)(arrays)
-    _, _, join_gradient = split_lam("certify", lam)
+    _, _, join_gradient = split_lam(where, lam)
     return certificate._replace(
         gradient=join_gradient(certificate.gradient), polished=join_gradient(certificate.polished)
     )

@@ -24,6 +24,7 @@ tree = optax.tree
 
 _ROUNDING = 4.0  # Residuals below this many eps are taken for rounding.
 _ROUGH = 0.3  # Tolerance of solves that have to get the size right.
+_PROBES = 20  # Products that look for a fixed point that Φ leaves.
 _UNSEEN = 2.0  # A gain that grows by more than this shows an error that was not seen before.
 
 
@@ -82,12 +83,12 @@ class Pass(NamedTuple):
         right: ‖r_v‖ + ‖h_w‖, the right-hand sides of e_v.
         noise_w: What of `r_w` may be rounding.
         noise_v: What of `right` may be rounding.
+        terms: ‖ĝ‖ + ‖Bᵀv‖: what ĝ is made of.
         noise: What of ‖ĝ‖ may be rounding.
         seen: What its two solves show.
         products: A `Products`.
         solved: Whether the loose solves succeeded.
-        repels: Whether steps of Φ lead away from the fixed point at w⁺, seen along e_w where J is
-            symmetric there: then ⟨e, Ae⟩ < 0 shows an eigenvalue of J above 1.
+        repels: Whether steps of Φ lead away from the fixed point nearby: see `_repels`.
     """
 
     gradient: PyTree
@@ -100,6 +101,7 @@ class Pass(NamedTuple):
     right: jax.Array
     noise_w: jax.Array
     noise_v: jax.Array
+    terms: jax.Array
     noise: jax.Array
     seen: Seen
     products: Products
@@ -152,6 +154,7 @@ def dual_weighted(
     rtol: Scalar,
     before: Seen,
     split: bool | jax.Array = True,
+    probe: bool | jax.Array = True,
 ) -> Pass:
     """One pass at (w, v).
 
@@ -165,6 +168,7 @@ def dual_weighted(
         before: What these have shown.
         split: Whether the parts of the error are wanted, by one rough solve more; else they are in
             proportion to their right-hand sides.
+        probe: Whether to look for a direction that steps of Φ lead away along.
     """
 
     # ∇L and Φ in one linearisation: its tangent gives J and h, its transpose is not needed.
@@ -183,7 +187,7 @@ def dual_weighted(
     rtol = jnp.asarray(rtol, size_w.dtype)
     rtol_w = rtol * jnp.minimum(1.0, ratio(before.left_w, size_w))
     e_w, of_w = linear_solver(rtol_w)(lambda u: tangent(u)[0], r_w)
-    j_e, h_w, h_x, _ = tangent(e_w)
+    _, h_w, h_x, _ = tangent(e_w)
 
     # Of the two right-hand sides the second only serves to tell the parts apart: a rough solve.
     right = norm(r_v) + norm(h_w)
@@ -209,18 +213,12 @@ def dual_weighted(
     if from_h:
         of_h = tree.where(split, vjp(from_h[0])[1], of_h)
     one = jnp.int32(1)
-    repels, probes = jnp.asarray(False), 0
-    if split is not False:
-        skew = norm(tree.sub(j_e, vjp(e_w)[0]))
-        a_e = tree.sub(e_w, j_e)
-        symmetric = skew <= resolution(w) ** 0.5 * norm(a_e)
-        negative = inner(e_w, a_e) < -eps * norm(e_w) ** 2
-        repels, probes = symmetric & ~at_floor & negative, 1
+    repels, probes = _repels(lambda u: tree.conj(vjp(tree.conj(u))[0]), e_w, probe)
     # Φ is linearised once; ∇L, its tangent (J and the second derivative), and Bᵀ for each part.
     products = Products(
         one,
         of_w.num_steps + one,
-        jnp.sum(steps, dtype=jnp.int32) + (3 + probes) * one + jnp.asarray(split, jnp.int32),
+        jnp.sum(steps, dtype=jnp.int32) + 3 * one + probes + jnp.asarray(split, jnp.int32),
     )
     noise_v = eps * (norm(b) + 2 * norm(v))
     # Rounding lies in all directions and is amplified as it likes: it has nothing to show.
@@ -230,6 +228,7 @@ def dual_weighted(
         rtol_w * size_w,
         rtol_v * right,
     )
+    terms = norm(g) + norm(vjp(v)[1])
     return Pass(
         g,
         tree.add(h_x, of_h),
@@ -241,12 +240,76 @@ def dual_weighted(
         right,
         noise_w,
         noise_v,
-        eps * (norm(g) + norm(vjp(v)[1])),
+        terms,
+        eps * terms,
         seen,
         products,
         ~(failed(of_w) | jnp.any(lost)),
         repels,
     )
+
+
+def _repels(
+    jt: Callable[[PyTree], PyTree], e_w: PyTree, wanted: bool | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Whether J is symmetric with an eigenvalue above 1, and the products that it took to see.
+
+    Lanczos's method on A = I − J from e_w and a random direction, which has a part in every
+    eigenvector. With T = LDLᵀ its tridiagonal matrix, a negative pivot in D shows a vector u with
+    ⟨u, Au⟩ < 0, as in the conjugate gradient method. J is symmetric where ⟨q₋, Aq⟩ = ⟨Aq₋, q⟩ for all
+    pairs of neighbours. Eigenvalues of J above 1 by less than about a hundredth of ‖A‖ may go unseen.
+    """
+    dtype = norm(e_w).dtype
+    eps = resolution(e_w)
+
+    def unit(u: PyTree) -> tuple[PyTree, jax.Array]:
+        size = norm(u)
+        scale = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1.0), 0.0)
+        return jax.tree.map(lambda x: scale.astype(x.dtype) * x, u), size
+
+    def step(s: _Lanczos) -> _Lanczos:
+        a_q = tree.sub(s.q, jt(s.q))
+        alpha, back = inner(s.q, a_q), inner(s.before, a_q)
+        first = s.count == 0
+        skew = jnp.where(first, 0.0, jnp.abs(back - s.beta))
+        rest = jax.tree.map(
+            lambda a, q, b: a - alpha.astype(a.dtype) * q - s.beta.astype(a.dtype) * b,
+            a_q,
+            s.q,
+            s.before,
+        )
+        scale = jnp.maximum(s.scale, norm(a_q))
+        pivot = alpha + 64 * eps * scale - jnp.where(first, 0.0, s.beta**2 / s.pivot)
+        following, beta = unit(rest)
+        spanned = beta <= eps**0.5 * scale  # An invariant subspace: there is no more to see.
+        symmetric = s.symmetric & (skew <= eps**0.5 * scale)
+        count = s.count + 1
+        negative = s.negative | (pivot <= 0)
+        done = spanned | ~symmetric | (negative & (count > 2)) | (count >= _PROBES)
+        pivot = jnp.where(pivot == 0, -jnp.finfo(dtype).tiny, pivot)
+        return _Lanczos(
+            following, s.q, beta, pivot, scale, count, negative, symmetric, done | ~(scale > 0)
+        )
+
+    start, _ = unit(tree.add(unit(e_w)[0], unit(_random_signs(e_w))[0]))
+    zero, false = jnp.zeros((), dtype), jnp.asarray(False)
+    s = _Lanczos(start, start, zero, zero, zero, jnp.int32(0), false, ~false, ~jnp.asarray(wanted))
+    s = lax.while_loop(lambda s: ~s.done, step, s)
+    return s.symmetric & s.negative, s.count
+
+
+class _Lanczos(NamedTuple):
+    """The carry: two vectors, the off-diagonal and the pivot of T, ‖A‖ as seen, what is known."""
+
+    q: PyTree
+    before: PyTree
+    beta: jax.Array
+    pivot: jax.Array
+    scale: jax.Array
+    count: jax.Array
+    negative: jax.Array
+    symmetric: jax.Array
+    done: jax.Array
 
 
 def refine(
@@ -270,7 +333,7 @@ def refine(
         # where much was left: A is so ill-conditioned that loose solves miss it, or w is far.
         tol = jnp.asarray(rtol, norm(w).dtype)
         tol = jnp.stack([tol, jnp.sqrt(tol), tol**2])[jnp.minimum(i, 2)]
-        return dual_weighted(packed, w, v, linear_solver, tol, seen, i == 0)
+        return dual_weighted(packed, w, v, linear_solver, tol, seen, i == 0, i == 1)
 
     def body(carry: tuple[jax.Array, Pass, Refined]) -> tuple[jax.Array, Pass, Refined]:
         i, before, s = carry
@@ -352,11 +415,15 @@ def single(packed: Packed, p: Pass, before: Seen) -> Refined:
 
 
 def _random_rounding(w: PyTree, eps: float) -> PyTree:
+    return jax.tree.map(lambda x, signs: 0.5 * eps * x * signs, w, _random_signs(w))
+
+
+def _random_signs(w: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(w)
     keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
-
-    def noise(key: jax.Array, x: jax.Array) -> jax.Array:
-        signs = jax.random.rademacher(key, x.shape, jnp.int32)
-        return 0.5 * eps * x * signs.astype(x.dtype)
-
-    return treedef.unflatten([noise(k, x) for k, x in zip(keys, leaves, strict=True)])
+    return treedef.unflatten(
+        [
+            jax.random.rademacher(k, x.shape, jnp.int32).astype(x.dtype)
+            for k, x in zip(keys, leaves, strict=True)
+        ]
+    )

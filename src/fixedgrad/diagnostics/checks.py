@@ -1,58 +1,110 @@
-"""Is the gradient of a decorated solver right? `check` compares it with three independent answers."""
+"""Is the gradient of a decorated solver right? `check_gradient` holds it against three answers."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ..certificate.certify import Certificate, Reason, certify
-from ..certificate.lagrangian import pack
+from ..certificate.certify import Certificate, Options, Reason, certificate_of
+from ..certificate.lagrangian import krylov, pack
+from ..certificate.options import NO_KWARGS, check_kwargs
 from ..decorator import fixed_point
 from ..estimators import truncated_itd
+from ..lower.frame import distance
 from ..packing import check_arrays, check_concrete, partition, split_lam, strongly_typed
-from ..realify import inner, norm, resolution
-from ..types import Outer, Phi, PyTree, check_callable
+from ..realify import inner, norm, resolution, steepest_ascent
+from ..types import Outer, Phi, PyTree, check_callable, check_same
 from .spectrum import solve_lower
 
 tree = optax.tree
 
+Verdict = Literal["agrees", "disagrees", "inconclusive"]
 
-class Check(NamedTuple):
-    """What `check` found: relative differences from the decorated solver's gradient.
+_FAR = 0.1  # From this ‖Φ(w) − w‖ on, relative to ‖w‖, w is no fixed point of Φ.
+_SMALLER = 0.25  # The second step of the finite differences, over the first.
+_OPTIONS = Options("estimate", None, 0.01, 1.25, krylov)
+
+
+class Answer(NamedTuple):
+    """One answer, beside the gradient that is checked.
+
+    Attributes:
+        verdict: "agrees", "disagrees", or "inconclusive" where the answer cannot tell.
+        difference: The relative difference; NaN where there is no answer.
+        why: Why it is inconclusive, else empty.
+    """
+
+    verdict: Verdict
+    difference: float
+    why: str
+
+
+class GradientCheck(NamedTuple):
+    """What `check_gradient` found; print it.
 
     Attributes:
         gradient: The decorated solver's gradient of E(solve(w₀, λ), λ).
         certificate: The `Certificate` at its w.
-        against_polished: ‖g − g⁺‖ / ‖g⁺‖.
-        against_itd: ‖g − g_itd‖ / ‖g_itd‖, steps of Φ differentiated from its w; NaN where half as many
-            steps give something else, so that ITD has not converged and says nothing.
-        against_difference: |⟨g, d⟩ − finite difference of f along d| / ‖g‖, d along the polished one.
-        disagree: The names of those that disagree by more than `rtol`, and by more than rounding.
+        polished: `Answer` of ‖g − g⁺‖ / ‖g⁺‖, with the corrected gradient of the certificate.
+        itd: `Answer` of ‖g − g_itd‖ / ‖g_itd‖, steps of Φ differentiated from its w.
+        finite_difference: `Answer` of |⟨g, d⟩ − finite difference of f along d|, relative to the larger
+            of the two; d is the direction of g⁺.
+        warnings: What to beware of, in sentences.
     """
 
     gradient: PyTree
     certificate: Certificate
-    against_polished: float
-    against_itd: float
-    against_difference: float
-    disagree: tuple[str, ...]
+    polished: Answer
+    itd: Answer
+    finite_difference: Answer
+    warnings: tuple[str, ...]
+
+    @property
+    def agree(self) -> tuple[str, ...]:
+        """The names of the answers that agree."""
+        return self._with("agrees")
+
+    @property
+    def disagree(self) -> tuple[str, ...]:
+        """The names of the answers that disagree."""
+        return self._with("disagrees")
+
+    @property
+    def inconclusive(self) -> tuple[str, ...]:
+        """The names of the answers that cannot tell."""
+        return self._with("inconclusive")
+
+    def _with(self, verdict: Verdict) -> tuple[str, ...]:
+        return tuple(name for name, a in self._answers().items() if a.verdict == verdict)
+
+    def _answers(self) -> dict[str, Answer]:
+        return {
+            "polished": self.polished,
+            "ITD": self.itd,
+            "finite difference": self.finite_difference,
+        }
 
     def __repr__(self) -> str:
-        verdict = (
-            "all agree" if not self.disagree else "disagrees with: " + ", ".join(self.disagree)
-        )
+        found = {
+            "disagrees with": self.disagree,
+            "agrees with": self.agree,
+            "inconclusive": self.inconclusive,
+        }
+        parts = [f"{verdict}: {', '.join(names)}" for verdict, names in found.items() if names]
+        lines = ["all agree" if len(self.agree) == 3 else "; ".join(parts)]
+        for name, a in self._answers().items():
+            why = f" ({a.why})" if a.why else ""
+            lines.append(f"  {name}: {a.verdict}, relative difference {a.difference:.2e}{why}")
         reason = Reason(int(self.certificate.reason)).name
-        return (
-            f"{verdict}\n  polished {self.against_polished:.2e}, ITD {self.against_itd:.2e}, finite "
-            f"difference {self.against_difference:.2e}\n  certificate: relative error "
-            f"{float(self.certificate.relative_error):.2e} ({reason})"
-        )
+        relative = float(self.certificate.relative_error)
+        lines.append(f"  certificate: relative error {relative:.2e} ({reason})")
+        return "\n".join(lines + [f"  warning: {text}" for text in self.warnings])
 
 
-def check(
+def check_gradient(
     solve: Callable[..., PyTree],
     outer: Outer,
     phi: Phi,
@@ -60,18 +112,27 @@ def check(
     lam: PyTree,
     /,
     *args: PyTree,
+    kwargs: Mapping[str, PyTree] = NO_KWARGS,
     rtol: float = 1e-2,
     num_steps: int = 200,
-    **kwargs: PyTree,
-) -> Check:
+) -> GradientCheck:
     """Does the gradient of a decorated solver agree with three independent answers?
 
     With g the gradient of E(solve(w₀, λ), λ): the polished gradient of a certificate at its w; ITD over
     `num_steps` further steps of Φ; a central difference of f(λ) = E(w(λ), λ) along the polished
-    gradient, with w(λ) solved by Newton–Krylov to the floor of the dtype. The last one knows nothing of
-    derivative rules. Where Φ contracts slowly or not at all, ITD is left out.
+    gradient, with w(λ) solved by Newton–Krylov from the solver's w to the floor of the dtype. The last
+    one knows nothing of derivative rules.
 
-    Cost: some hundreds of products; it compiles. Not under `jit`.
+    Each answer agrees, disagrees, or is inconclusive: the polished one where the certificate is not
+    valid; ITD where half as many steps give something else, as where Φ contracts slowly or not at all;
+    the difference where steps of h and of h/4 give something else, or its two sides do, as at kinks;
+    every one where it agrees only because rounding hides all.
+
+    Where Φ(w) is not near w at the solver's result, Φ is not the map that the solver solves, or the
+    solver stopped early. A warning says so, no answer from Φ counts as agreement, and the difference is
+    one of the solver's own results.
+
+    Cost: some hundreds of products, and five runs of the solver; it compiles. Not under `jit`.
 
     Args:
         solve: The decorated solver.
@@ -80,42 +141,70 @@ def check(
         w0: Where the solver starts.
         lam: λ.
         *args: Data.
+        kwargs: Data by keyword, `kwargs={"x": x}` for `phi(w, lam, x=x)`: other keywords are options.
         rtol: What counts as agreement; at least the root of the dtype's resolution does.
         num_steps: Steps of Φ that ITD differentiates.
-        **kwargs: More data.
 
     Returns:
-        A `Check`; print it.
+        A `GradientCheck`; print it.
 
     Raises:
-        TypeError: An argument is not of its kind or shape, or is traced.
+        TypeError: An argument is not of its kind or shape, or is traced; an option that there is not,
+            or that could be meant for a parameter of `phi`, `outer` or `solve`.
 
     >>> import fixedgrad as fg
     >>> phi = lambda w, lam: 0.5 * jnp.cos(w) + lam
     >>> solve = fg.fixed_point(phi, fg.aid(fg.dense()))(fg.picard(phi, num_steps=60))
-    >>> check(solve, lambda w, lam: w**2, phi, 0.0, 0.3).disagree
-    ()
+    >>> check_gradient(solve, lambda w, lam: w**2, phi, 0.0, 0.3).agree
+    ('polished', 'ITD', 'finite difference')
     """
-    check_callable("check", "solve", solve, "solve(w0, lam, *args) -> w")
-    check_callable("check", "outer", outer, "outer(w, lam, *args) -> scalar")
-    check_callable("check", "phi", phi, "phi(w, lam, *args) -> w")
-    check_arrays("check", "w0", w0)
-    check_concrete("check", (w0, lam, args, kwargs))
+    where = "check_gradient"
+    check_callable(where, "solve", solve, "solve(w0, lam, *args) -> w")
+    check_callable(where, "outer", outer, "outer(w, lam, *args) -> scalar")
+    check_callable(where, "phi", phi, "phi(w, lam, *args) -> w")
+    functions = {"phi": phi, "outer": outer, "solve": solve}
+    options = {"rtol": rtol, "num_steps": num_steps}
+    data = check_kwargs(check_gradient, functions, 2 + len(args), kwargs, options)
+    check_arrays(where, "w0", w0)
+    check_concrete(where, (w0, lam, args, data))
     w0, lam = strongly_typed((w0, lam))
-    x, join, join_gradient = split_lam("check", lam)
+    x, join, join_gradient = split_lam(where, lam)
 
     def objective(solver: Callable[..., PyTree], x: PyTree) -> jax.Array:
         lam = join(x)
-        return outer(solver(w0, lam, *args, **kwargs), lam, *args, **kwargs)
+        return outer(solver(w0, lam, *args, **data), lam, *args, **data)
 
     gradient = jax.grad(lambda x: objective(solve, x))(x)
-    w = solve(w0, lam, *args, **kwargs)
-    certificate = certify(outer, phi, w, None, lam, *args, gradient=gradient, **kwargs)
+    w = solve(w0, lam, *args, **data)
+    check_same(where, w, w0, "`solve(w0, ...)`", "`w0`")
+    certificate = certificate_of(where, outer, phi, w, None, lam, args, data, gradient, _OPTIONS)
+    valid = bool(certificate.valid)
     polished = partition(certificate.polished)[0]
+    size = norm(polished)
+    gap = norm(tree.sub(gradient, polished))
     # What of the certificate's error is rounding: by so much two right answers may differ.
-    distance = norm(tree.sub(gradient, polished))
-    rounding = certificate.error - 1.25 * (distance + certificate.remainder)
-    rounding = jnp.maximum(jnp.nan_to_num(rounding), 0.0)
+    rounding = 0.0
+    if valid:
+        rounding = max(float(certificate.error - 1.25 * (gap + certificate.remainder)), 0.0)
+    length = float(norm(w))
+    scale = max(length, float(distance(w, w0)), 64 * resolution(w) * float(norm(x)))
+    near = float(certificate.residual_w) <= _FAR * scale
+    rtol = max(rtol, resolution((w, x)) ** 0.5)
+
+    def answer(gap: Any, size: Any, noise: float, nothing: str, counts: bool = near) -> Answer:
+        gap, size = float(gap), float(size)
+        relative = gap / size if size > 0 else gap
+        if not nothing and not math.isfinite(gap):
+            nothing, relative = "it is not finite", math.nan
+        if nothing:
+            return Answer("inconclusive", relative, nothing)
+        if gap > rtol * size + noise:
+            return Answer("disagrees", relative, "")
+        if noise > rtol * size:
+            return Answer("inconclusive", relative, "rounding hides it")
+        if not counts:
+            return Answer("inconclusive", relative, "phi(w) is not near w")
+        return Answer("agrees", relative, "")
 
     # ITD from the solver's own w, so that only the derivative rule differs.
     def itd(steps: int) -> PyTree:
@@ -123,38 +212,79 @@ def check(
         return jax.grad(lambda x: objective(unrolled, x))(x)
 
     unrolled, halfway = itd(num_steps), itd(max(num_steps // 2, 1))
-    conclusive = norm(tree.sub(unrolled, halfway)) <= 0.1 * rtol * norm(unrolled) + rounding
+    unsettled = norm(tree.sub(unrolled, halfway)) > 0.1 * rtol * norm(unrolled) + rounding
 
     @jax.jit
-    def exact(x: PyTree) -> jax.Array:
-        packed = pack("check", outer, phi, w, join(x), args, kwargs)
-        solved, _, _ = solve_lower(packed, 0.0)
-        return packed.outer(solved, packed.x)
+    def value(x: PyTree, w: PyTree) -> tuple[jax.Array, ...]:
+        """At the solver's w: E, ‖Φ(w) − w‖, ‖w‖; E at the fixed point from there; if that failed."""
+        packed = pack(where, outer, phi, w, join(x), args, data)
+        residual = norm(tree.sub(packed.phi(packed.w, packed.x), packed.w))
+        solved = solve_lower(packed, 0.0)
+        own, exact = (packed.outer(u, packed.x) for u in (packed.w, solved.w))
+        return own, residual, norm(w), exact, solved.failed
 
-    size, scale = norm(polished), float(norm(x))
-    step = resolution(x) ** (1 / 3) * (scale if scale > 0 else 1.0)
-    unit = 1 / jnp.where(size > 0, size, 1.0)
-    direction = jax.tree.map(lambda d: unit.astype(d.dtype) * d, polished)
-    moved = [
-        jax.tree.map(lambda x, d, s=s: x + jnp.asarray(s * step, x.dtype) * d, x, direction)
-        for s in (1.0, -1.0)
-    ]
-    difference = (exact(moved[0]) - exact(moved[1])) / (2 * step)
-    along = inner(gradient, direction)
-    rtol = max(rtol, resolution((w, x)) ** 0.5)
-    size = jnp.maximum(jnp.maximum(norm(gradient), jnp.abs(difference)), size)
-    found = {
-        "polished": (distance, norm(polished)),
-        "ITD": (norm(tree.sub(gradient, unrolled)), norm(unrolled)),
-        "finite difference": (jnp.abs(difference - along), size),
-    }
-    disagree = tuple(
-        name
-        for name, (gap, size) in found.items()
-        if not bool(gap <= rtol * size + rounding) and (name != "ITD" or bool(conclusive))
+    direction = _direction(polished if valid else gradient, random=not valid or not size > 0)
+    along = inner(steepest_ascent(gradient), direction)
+    whole = float(norm(x))
+    step = resolution(x) ** (1 / 3) * (whole if whole > 0 else 1.0)
+    nothing = ""
+
+    def along_by(h: float) -> float:
+        """The function f at λ + h d."""
+        nonlocal nothing
+        moved = jax.tree.map(lambda x, d: x + jnp.asarray(h, x.dtype) * d, x, direction)
+        there = solve(w0, join(moved), *args, **data)
+        own, residual, length, exact, unsolved = value(moved, there)
+        if near and float(residual) > _FAR * max(float(length), scale):
+            nothing = "the solver does not follow lam: phi(w) is not near w beside it"
+        elif near and bool(unsolved):
+            nothing = "the lower level could not be solved beside lam"
+        return float(exact if near else own)
+
+    here, found, bends = along_by(0.0), [], []
+    for h in (step, _SMALLER * step):
+        plus, minus = along_by(h), along_by(-h)
+        found.append((plus - minus) / (2 * h))
+        bends.append(abs(plus - 2 * here + minus) / h)  # O(h), but for a kink within h.
+    spread = abs(found[0] - found[1])
+    size_along = max(abs(float(along)), *map(abs, found))
+    noise = 2 * resolution((w, x)) * abs(here) / (_SMALLER * step)  # E itself is rounded.
+    if not nothing and not spread <= 0.5 * rtol * size_along + noise:
+        nothing = (
+            f"steps of {step:.1e} and {_SMALLER * step:.1e} give {found[0]:.3g}, {found[1]:.3g}"
+        )
+    elif not nothing and bends[1] > max(0.6 * bends[0], rtol * size_along + 4 * noise):
+        nothing = "f has a kink nearby: its one-sided differences do not approach each other"
+    reason = Reason(int(certificate.reason)).name
+    invalid = "" if valid else f"the certificate is not valid: {reason}"
+    early = f"ITD has not converged after {num_steps} steps" if bool(unsettled) else ""
+    warnings = ()
+    if not near:
+        residual = float(certificate.residual_w)
+        warnings = (
+            f"phi(w) is not near w at the solver's result (|phi(w) - w| = {residual:.2g}, |w| = "
+            f"{length:.2g}): is `phi` the residual F(w, lam)? Then Phi = w - F. Or did the solver "
+            "stop early?",
+        )
+    return GradientCheck(
+        join_gradient(gradient),
+        certificate,
+        answer(gap, size, rounding, invalid),
+        answer(norm(tree.sub(gradient, unrolled)), norm(unrolled), rounding, early),
+        answer(abs(found[0] - float(along)), size_along, spread + noise, nothing, counts=True),
+        warnings,
     )
-    polished, by_itd, difference = (
-        float(gap / jnp.where(size > 0, size, 1.0)) for gap, size in found.values()
-    )
-    by_itd = by_itd if bool(conclusive) else math.nan
-    return Check(join_gradient(gradient), certificate, polished, by_itd, difference, disagree)
+
+
+def _direction(gradient: PyTree, random: bool) -> PyTree:
+    """The unit vector of steepest ascent; with a random one added, so that it is never 0."""
+
+    def unit(d: PyTree) -> PyTree:
+        size = norm(d)
+        scale = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1.0), 0.0)
+        return jax.tree.map(lambda d: scale.astype(d.dtype) * d, d)
+
+    d = unit(jax.tree.map(jnp.nan_to_num, steepest_ascent(gradient)))
+    if random:
+        d = unit(tree.add(d, unit(tree.random_like(jax.random.key(0), gradient))))
+    return d

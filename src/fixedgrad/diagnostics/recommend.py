@@ -5,7 +5,7 @@ the linear system at hand with every method that applies.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import optax
 
 from ..certificate.lagrangian import Packed, krylov, pack
+from ..certificate.options import NO_KWARGS, check_kwargs
 from ..estimators import aid, itd
 from ..linear import bicgstab, cg, dense, fp, gmres, normal_cg
-from ..packing import check_concrete
+from ..lower import solve_with_info
+from ..packing import check_concrete, strongly_typed
 from ..realify import norm, realified, resolution
 from ..types import (
     Estimator,
@@ -24,11 +26,15 @@ from ..types import (
     Phi,
     PyTree,
     SolveInfo,
+    Solver,
     Status,
+    check_callable,
+    check_count,
     check_number,
+    check_same,
     failed,
 )
-from .spectrum import Facts, measure, solve_lower
+from .spectrum import Facts, judge_lower, measure, solve_lower
 
 tree = optax.tree
 
@@ -62,8 +68,8 @@ class Recommendation(NamedTuple):
     """What `recommend` found.
 
     Attributes:
-        estimator: The recommended estimator, ready to use.
-        name: How it is written.
+        estimator: The recommended estimator, ready to use; `None` where nothing works here.
+        name: How it is written; "nothing" where nothing works.
         reasons: Why, in sentences.
         warnings: What to beware of, in sentences.
         alternatives: Every method tried, cheapest first.
@@ -77,7 +83,7 @@ class Recommendation(NamedTuple):
         flops: Floating-point operations of Φ and of one product with Jᵀ, by the compiler's count.
     """
 
-    estimator: Estimator
+    estimator: Estimator | None
     name: str
     reasons: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -92,7 +98,8 @@ class Recommendation(NamedTuple):
     flops: tuple[float, float]
 
     def __repr__(self) -> str:
-        lines = [f"recommended: {self.name}", *(f"  because {r}" for r in self.reasons)]
+        works = "" if self.estimator is not None else " works here"
+        lines = [f"recommended: {self.name}{works}", *(f"  because {r}" for r in self.reasons)]
         lines += [f"  warning: {w}" for w in self.warnings]
         symmetric = "symmetric" if self.symmetric else "not symmetric"
         lines.append(
@@ -120,26 +127,29 @@ def recommend(
     lam: PyTree,
     /,
     *args: PyTree,
+    kwargs: Mapping[str, PyTree] = NO_KWARGS,
     rtol: float = 1e-3,
     seed: int = 0,
-    **kwargs: PyTree,
+    solver: Solver | None = None,
+    max_products: int = 20_000,
 ) -> Recommendation:
     """Which estimator suits this problem, why, and at what cost.
 
-    Solves the lower level (Newton–Krylov), estimates ρ(J) and ‖J‖ by power iteration, the symmetry of
-    J by random probes, the extreme eigenvalues where it is symmetric, and then computes the
-    hypergradient at w(λ) to `rtol` by every method that applies, counting products: to residuals of
-    `rtol`, and of less by factors of ten where the hypergradient needs it. The rule: the cheapest
-    that succeeded, by operations: products by the compiler's count (`dense`: a quarter of one a column,
-    and 2d³/3 for the factors), what a method does with its own vectors each step, and what starting it
-    amounts to; the last two as measured on a CPU. `itd` where the lower level was not solved, or
-    nothing else succeeded: it differentiates what your solver computes.
+    Solves the lower level (Newton–Krylov, or your `solver`), estimates ρ(J) and ‖J‖ by power
+    iteration, the symmetry of J by random probes, the extreme eigenvalues where it is symmetric, and
+    then computes the hypergradient at w(λ) to `rtol` by every method that applies, counting products:
+    to residuals of `rtol`, and of less by factors of ten where the hypergradient needs it. The rule:
+    the cheapest that succeeded, by operations: products by the compiler's count (`dense`: a quarter of
+    one a column, and 2d³/3 for the factors), what a method does with its own vectors each step, and
+    what starting it amounts to; the last two as measured on a CPU. `itd` where the lower level was not
+    solved, or nothing else succeeded, and Φ contracts: it differentiates what your solver computes.
+    Where Φ does not contract either, nothing works: `estimator` is `None`, and the reasons say why.
 
     Estimates from power iteration are lower bounds of what they estimate. What cannot be measured:
     whether λ enters the solver in other ways than through Φ; then use `itd`.
 
-    Cost: some hundreds of products; it compiles. Not under `jit`. Memory: that of `gmres`, and of
-    `dense` for d ≤ 2048.
+    Cost: some hundreds of products as a rule, and at most `max_products` and seven hundred for the
+    spectrum; it compiles. Not under `jit`. Memory: that of `gmres`, and of `dense` for d ≤ 2048.
 
     Args:
         outer: `outer(w, lam, *args, **kwargs) -> scalar`.
@@ -147,16 +157,22 @@ def recommend(
         w0: Where the lower-level solve starts.
         lam: λ.
         *args: Data.
+        kwargs: Data by keyword, `kwargs={"x": x}` for `phi(w, lam, x=x)`: other keywords are options.
         rtol: Relative tolerance on the hypergradient at w(λ).
         seed: Of the random probes.
-        **kwargs: More data.
+        solver: `solver(w0, lam, *args, **kwargs) -> w`, yours, whose w is taken; `None` for
+            Newton–Krylov steps on Φ.
+        max_products: Bound on products and evaluations of Φ: half of them to solve the lower level,
+            what is left to the methods in equal shares, 5000 steps each at most. A linear solve or a
+            Newton step that has begun may exceed its share.
 
     Returns:
         A `Recommendation`; print it.
 
     Raises:
-        TypeError: An argument is not of its kind or shape, or is traced.
-        ValueError: `rtol` is not in (0, 1).
+        TypeError: An argument is not of its kind or shape, or is traced; an option that there is not,
+            or that could be meant for a parameter of `phi` or `outer`.
+        ValueError: `rtol` is not in (0, 1), or `max_products` not a positive integer.
 
     >>> phi = lambda w, lam: 0.5 * w + lam
     >>> advice = recommend(lambda w, lam: jnp.sum(w**2), phi, jnp.zeros(3), jnp.ones(3))
@@ -164,32 +180,48 @@ def recommend(
     (True, 0.5, ())
     """
     check_number("recommend", "rtol", rtol, lambda x: 0 < x < 1, "a number in (0, 1)")
-    check_concrete("recommend", (w0, lam, args, kwargs))
-    packed = pack("recommend", outer, phi, w0, lam, args, kwargs)
-    w, residual, unsolved = solve_lower(packed, min(rtol, 1e-6))
-    failed = bool(unsolved)
+    check_callable("recommend", "phi", phi, "phi(w, lam, *args) -> w")
+    check_count("recommend", "max_products", max_products)
+    functions: dict[str, Callable[..., PyTree]] = {"phi": phi, "outer": outer}
+    if solver is not None:
+        check_callable("recommend", "solver", solver, "solver(w0, lam, *args) -> w")
+        functions["solver"] = solver
+    options = {"rtol": rtol, "seed": seed, "solver": solver, "max_products": max_products}
+    data = check_kwargs(recommend, functions, 2 + len(args), kwargs, options)
+    check_concrete("recommend", (w0, lam, args, data))
+    if solver is None:
+        packed = pack("recommend", outer, phi, w0, lam, args, data)
+        lower = solve_lower(packed, min(rtol, 1e-6), max_products // 2)
+    else:
+        solved, _ = solve_with_info(solver, strongly_typed(w0), lam, *args, **data)
+        check_same("recommend", solved, strongly_typed(w0), "`solver(w0, ...)`", "`w0`")
+        packed = pack("recommend", outer, phi, solved, lam, args, data)
+        lower = judge_lower(packed, packed.w, rtol)
+    w, residual, unsolved = lower.w, lower.residual, bool(lower.failed)
     facts = measure(packed, w, jax.random.key(seed))
     size = int(tree.size(realified(w)[0](w)))
-    reference, _ = _hypergradient(packed, dense() if size <= _DIRECT else krylov(1e-3 * rtol))(w)
-    alternatives = [
-        _try(packed, w, candidate, size, rtol, facts.flops_product, reference)
-        for candidate in _candidates(facts, size)
-    ]
-    alternatives.append(_unrolled(facts, rtol))
+    unrolled = _unrolled(facts, rtol)
+    alternatives = [unrolled]
+    if not unsolved:
+        left = max_products - int(lower.products)
+        alternatives += _tried(packed, w, facts, size, rtol, left)
     alternatives.sort(key=lambda a: (not a.usable, a.cost))
-    implicit = [a for a in alternatives if a.usable and a.name != _ITD]
-    unrolled = next(a for a in alternatives if a.name == _ITD)
-    best = implicit[0] if implicit and not failed else unrolled
-    warnings = _warnings(facts, residual, failed)
-    reasons = [f"it took {best.products} products to {rtol:g}, the cheapest that succeeded"]
-    if best.name == _ITD:
-        missing = "the lower level was not solved" if failed else "no linear method succeeded"
+    usable = [a for a in alternatives if a.usable]
+    best = next((a for a in usable if a.name != _ITD), usable[0] if usable else None)
+    warnings = _warnings(facts, residual, unsolved)
+    missing = "the lower level was not solved" if unsolved else "no linear method succeeded"
+    if best is None:
+        reasons = [f"{missing}, and Phi does not contract (rho(J) = {facts.radius:.3g})"]
+        if unsolved:
+            reasons.append("every method needs a fixed point: start closer, or give your `solver`")
+    elif best.name == _ITD:
         reasons = [f"{missing} here; it differentiates what your solver computes"]
-    elif best.why:
-        reasons.append(best.why)
+    else:
+        reasons = [f"it took {best.products} products to {rtol:g}, the cheapest that succeeded"]
+        reasons += [best.why] * bool(best.why)
     return Recommendation(
-        best.estimator,
-        best.name,
+        best.estimator if best else None,
+        best.name if best else _NOTHING,
         tuple(reasons),
         tuple(warnings),
         tuple(alternatives),
@@ -205,6 +237,7 @@ def recommend(
 
 
 _ITD = "itd()"
+_NOTHING = "nothing"
 _DENSE = "aid(dense())"
 
 
@@ -258,6 +291,22 @@ def _hypergradient(
     return compute
 
 
+def _tried(
+    packed: Packed, w: PyTree, facts: Facts, size: int, rtol: float, left: int
+) -> list[Alternative]:
+    """Every method that applies, within `left` products."""
+    reference, info = _hypergradient(packed, dense() if size <= _DIRECT else krylov(1e-3 * rtol))(w)
+    left -= int(info.num_steps)
+    candidates = list(_candidates(facts, size))
+    found = []
+    for i, candidate in enumerate(candidates):
+        share = max(left, 0) // (len(candidates) - i)
+        one, spent = _try(packed, w, candidate, size, rtol, facts.flops_product, reference, share)
+        found.append(one)
+        left -= spent
+    return found
+
+
 def _try(
     packed: Packed,
     w: PyTree,
@@ -266,13 +315,20 @@ def _try(
     rtol: float,
     flops_product: float,
     reference: PyTree,
-) -> Alternative:
-    """The hypergradient by one method, to the first of some tolerances that gets it right."""
+    share: int,
+) -> tuple[Alternative, int]:
+    """The hypergradient by one method, to the first of some tolerances that gets it right.
+
+    Returns:
+        What came of it, and the products spent.
+    """
     direct = c.make is dense
+    max_steps = max(1, min(_MAX_STEPS, share // c.products))
+    spent = 0
 
     @jax.jit
     def compute(w: PyTree, rtol: jax.Array) -> tuple[jax.Array, SolveInfo]:
-        solver = dense() if direct else c.make(max_steps=_MAX_STEPS, rtol=rtol)
+        solver = dense() if direct else c.make(max_steps=max_steps, rtol=rtol)
         gradient, info = _hypergradient(packed, solver)(w)
         return norm(tree.sub(gradient, reference)), info
 
@@ -280,7 +336,8 @@ def _try(
     for tightened in (rtol, 0.1 * rtol, 0.01 * rtol, 1e-3 * rtol):
         error, info = compute(w, jnp.asarray(tightened, norm(w).dtype))
         usable = not bool(failed(info)) and float(error) <= enough
-        if usable or direct or bool(failed(info)):
+        spent += size if direct else c.products * (int(info.num_steps) + 1)
+        if usable or direct or bool(failed(info)) or spent >= share:
             break
     product = max(flops_product, 2.0 * size) if math.isfinite(flops_product) else 2.0 * size**2
     if direct:
@@ -295,7 +352,7 @@ def _try(
         Status(int(info.status)).name if bool(failed(info)) else "does not get the gradient right"
     )
     why = c.why if usable else missed
-    return Alternative(name, aid(solver), usable, products, c.start + cost, c.memory, why)
+    return Alternative(name, aid(solver), usable, products, c.start + cost, c.memory, why), spent
 
 
 def _unrolled(facts: Facts, rtol: float) -> Alternative:
@@ -326,7 +383,16 @@ def _warnings(facts: Facts, residual: jax.Array, failed: bool) -> list[str]:
     if not facts.symmetric:
         found.append("J is not symmetric: `cg` would be wrong")
     elif facts.smallest < -1:
-        found.append(f"J has the eigenvalue {facts.smallest:.3g} below -1: a step size above 2/L")
+        text = f"J has the eigenvalue {facts.smallest:.3g} below -1: a step size above 2/L"
+        # With J = I − αH and c times the step, the eigenvalues are 1 − c (1 − s) for s of J.
+        if facts.largest < 1:
+            highest = 2 / (1 - facts.smallest)
+            best = 2 / (2 - facts.smallest - facts.largest)
+            text += (
+                f". Phi contracts below {highest:.2g} times this step, and best at {best:.2g} times "
+                f"(of a map that is no gradient step: `damped(phi, damping={1 - best:.2g})`)"
+            )
+        found.append(text)
     if facts.largest >= 1:
         found.append("I - J is not positive definite: is the lower level at a minimum?")
     return found

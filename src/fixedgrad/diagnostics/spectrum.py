@@ -34,23 +34,37 @@ class Facts(NamedTuple):
     flops_product: float
 
 
-def solve_lower(packed: Packed, rtol: float) -> tuple[PyTree, jax.Array, jax.Array]:
-    """(w, ‖Φ(w) − w‖, whether it failed) by Newton–Krylov, to `rtol` ‖Φ(w)‖ or to the floor."""
+class Solved(NamedTuple):
+    """Of a lower-level solve: w, ‖Φ(w) − w‖, whether it failed, the products that it took."""
+
+    w: PyTree
+    residual: jax.Array
+    failed: jax.Array
+    products: jax.Array
+
+
+def solve_lower(packed: Packed, rtol: float, max_products: int = 20_000) -> Solved:
+    """By Newton–Krylov, to `rtol` ‖Φ(w)‖ or to the floor."""
 
     @jax.jit
-    def solve(w: PyTree) -> tuple[PyTree, jax.Array, jax.Array]:
+    def solve(w: PyTree) -> Solved:
         spent = Products(*(jnp.int32(0) for _ in range(3)))
         image = packed.phi(w, packed.x)
         tau = rtol * norm(image)
 
-        w, *_ = newton_krylov(packed, w, tau, spent, krylov, 20_000)
-        image = packed.phi(w, packed.x)
-        size = norm(tree.sub(w, image))
-        floor = 64 * resolution(w) * norm(image)
-        solved = jnp.isfinite(size) & (size <= jnp.maximum(rtol * norm(image), floor))
-        return w, size, ~solved
+        w, _, _, spent = newton_krylov(packed, w, tau, spent, krylov, max_products)
+        return judge_lower(packed, w, rtol)._replace(products=jnp.asarray(sum(spent)))
 
     return solve(packed.w)
+
+
+def judge_lower(packed: Packed, w: PyTree, rtol: float) -> Solved:
+    """Whether ‖Φ(w) − w‖ is at most `rtol` ‖Φ(w)‖, or at the floor; no products."""
+    image = packed.phi(w, packed.x)
+    size = norm(tree.sub(w, image))
+    floor = 64 * resolution(w) * norm(image)
+    solved = jnp.isfinite(size) & (size <= jnp.maximum(rtol * norm(image), floor))
+    return Solved(w, size, ~solved, jnp.int32(0))
 
 
 def measure(packed: Packed, w: PyTree, key: jax.Array) -> Facts:

@@ -145,7 +145,7 @@ def from_lineax(solver: Any) -> LinearSolver:
         residual = system.residual_norm(x)
         # eps ‖A‖ ‖x‖ is the backward error of a direct solve, and the rounding of any product; where it
         # is as large as b, x means nothing. ‖A‖ ≤ 2 for contractions, of which there is no matrix here.
-        rounding = system.eps * (2.0 if iterative else size) * norm_of(x)
+        rounding = system.eps * (2.0 if iterative else size) * system.space.norm(x)
         lost = ~(rounding < system.noise * system.norm) & ~solved
         if iterative:
             # Its tolerances are meant entry by entry; ten times that, over all entries, is a miss. So
