@@ -30,6 +30,7 @@ from .packing import (
 from .replication import casts, hoisted, varying_axes, within_shard_map
 from .signatures import same_arguments
 from .types import (
+    Decorated,
     Estimator,
     LinearSolver,
     MatVec,
@@ -70,7 +71,7 @@ _FORWARD_PHI = (
 
 def fixed_point(
     phi: Phi, estimator: Estimator, *, has_aux: bool = False, on_failure: OnFailure = "nan"
-) -> Callable[[Solver], Callable[..., PyTree]]:
+) -> Callable[[Solver], Decorated]:
     """Gives a solver of w = Φ(w, λ) the derivatives of w(λ), as `estimator` approximates them.
 
         w(λ) = Φ(w(λ), λ),    w'(λ) = (I − J)⁻¹ B,    J = ∂₁Φ, B = ∂₂Φ at the solver's w.
@@ -164,7 +165,7 @@ def fixed_point(
     if not isinstance(has_aux, bool):
         raise TypeError(f"`has_aux` of `fixed_point` must be a bool, got {show(has_aux)}.")
 
-    def decorate(solver: Solver) -> Callable[..., PyTree]:
+    def decorate(solver: Solver) -> Decorated:
         check_callable("fixed_point", "solver", solver, "solver(w0, *args) -> w")
         check = same_arguments("fixed_point", phi, solver)
         run = _unrolled if estimator.mode == "unroll" else _implicit
@@ -191,10 +192,10 @@ def fixed_point(
             # Not its attributes: a `with_info` of the solver would go around the rule.
             return functools.wraps(solver, updated=())(solve)
 
-        solve = entry(informed=False)
+        solve: Any = entry(informed=False)
         # Without it a decorated solver inside another would hide that it failed.
-        solve.with_info = entry(informed=True)  # pyright: ignore[reportFunctionMemberAccess]
-        solve.has_tolerance = getattr(solver, "has_tolerance", False)  # pyright: ignore
+        solve.with_info = entry(informed=True)
+        solve.has_tolerance = getattr(solver, "has_tolerance", False)
         return solve
 
     return decorate

@@ -29,6 +29,16 @@ class Solver(Protocol):
     def __call__(self, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree: ...
 
 
+class Decorated(Protocol):
+    """A solver under `fixed_point`: it also tells what the solver says of itself."""
+
+    has_tolerance: bool
+
+    def __call__(self, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree: ...
+
+    def with_info(self, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree: ...
+
+
 class Outer(Protocol):
     """The outer objective E: `outer(w, *args, **kwargs) -> scalar`."""
 
