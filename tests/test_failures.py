@@ -209,3 +209,111 @@ def test_nan_in_the_cotangent_is_reported_as_such() -> None:
     assert jnp.isnan(gradient)
     assert state.info.lower.converged
     assert fg.Status(int(state.info.linear.status)) == S.NON_FINITE
+
+
+def _expansion(w: jax.Array, lam: jax.Array) -> jax.Array:
+    return -1.5 * w + lam
+
+
+def _cycle(w: jax.Array, lam: jax.Array) -> jax.Array:
+    return lam - w
+
+
+def _turn(w: jax.Array, lam: jax.Array) -> jax.Array:
+    return (
+        w - jnp.roll(w, 1) + lam
+    )  # I − J is a cyclic shift: GMRES stands still until the last step.
+
+
+_NOWHERE = (
+    ("fp, expansion", _expansion, 2.5, fg.aid(fg.fp(num_steps=5))),
+    ("truncated_itd, expansion", _expansion, 2.5, fg.truncated_itd(num_steps=5)),
+    ("fp, two-cycle", _cycle, 2.0, fg.aid(fg.fp(num_steps=4))),
+    ("truncated_itd, two-cycle", _cycle, 2.0, fg.truncated_itd(num_steps=4)),
+    ("gmres, stagnation", _turn, 1.0, fg.aid(fg.gmres(num_steps=3))),
+)
+
+
+@pytest.mark.parametrize("row", _NOWHERE, ids=lambda row: row[0].replace(", ", "-"))
+def test_exact_steps_that_lead_nowhere_are_no_derivative(row: Any) -> None:
+    _, phi, divisor, estimator = row
+
+    def solver(w0: jax.Array, lam: jax.Array) -> jax.Array:
+        return (jnp.roll(lam, -1) if phi is _turn else lam / divisor) + 0 * w0
+
+    def gradient(on_failure: Any) -> jax.Array:
+        solve = fg.fixed_point(phi, estimator, on_failure=on_failure)(solver)
+        return jax.grad(lambda lam: solve(jnp.zeros(5), lam)[0])(jnp.arange(1.0, 6.0))
+
+    assert jnp.all(jnp.isnan(gradient("nan")))
+    assert jnp.all(jnp.isfinite(gradient("ignore")))  # They may be asked for.
+    explicit = fg.hypergradient(lambda w, _: w[0], phi, solver, estimator)
+    lam = jnp.arange(1.0, 6.0)
+    _, state = explicit.update(explicit.init(jnp.zeros(5), lam), lam)
+    assert fg.Status(int(state.info.linear.status)) == S.NO_PROGRESS
+
+
+def _root(w: jax.Array, lam: jax.Array) -> jax.Array:
+    return 3.0 * w - lam
+
+
+@pytest.mark.parametrize(
+    "estimator", [fg.aid(fg.dense()), fg.truncated_itd(num_steps=1)], ids=["aid", "truncated_itd"]
+)
+def test_a_residual_in_the_place_of_phi_is_seen(estimator: fg.Estimator) -> None:
+    def solver(w0: jax.Array, lam: jax.Array) -> jax.Array:
+        return lam / 3.0 + 0 * w0
+
+    solve = fg.fixed_point(_root, estimator)(solver)
+    assert jnp.isnan(jax.grad(lambda lam: solve(0.0, lam))(1.0))
+    explicit = fg.hypergradient(lambda w, _: w, _root, solver, estimator)
+    gradient, state = explicit.update(explicit.init(0.0, 1.0), 1.0)
+    assert jnp.isnan(gradient)
+    assert fg.Status(int(state.info.lower.status)) == S.NOT_FIXED
+    with pytest.warns(fg.SolveFailedWarning, match="is `phi` the residual F"):
+        fg.fixed_point(_root, estimator, on_failure="warn")(solver)(0.0, 1.0)
+
+
+@pytest.mark.parametrize("w0", [0.0, 1.0, 1e3])
+def test_a_solution_that_is_zero_is_a_fixed_point(w0: float) -> None:
+    def phi(w: jax.Array, lam: jax.Array) -> jax.Array:
+        return lam - 0.95 * w
+
+    solve = fg.fixed_point(phi, fg.aid(fg.dense()))(fg.picard(phi, num_steps=700))
+    assert float(jax.grad(lambda lam: solve(w0, lam))(0.0)) == pytest.approx(1 / 1.95)
+
+
+def test_few_steps_from_far_away_are_still_differentiated() -> None:
+    def phi(w: jax.Array, lam: jax.Array) -> jax.Array:
+        return 0.8 * w + lam
+
+    solve = fg.fixed_point(phi, fg.aid(fg.dense()))(fg.picard(phi, num_steps=1))
+    assert float(jax.grad(lambda lam: solve(0.0, lam))(1.0)) == pytest.approx(5.0)
+
+
+def test_the_policy_of_the_value_is_that_of_the_derivative() -> None:
+    slow = lambda w, lam: 0.99 * w + lam  # noqa: E731
+    solver = fg.picard(slow, max_steps=3, rtol=1e-9)
+    values = {
+        policy: fg.fixed_point(slow, fg.aid(fg.dense()), on_failure=policy)(solver)(0.0, 1.0)
+        for policy in ("nan", "zero", "ignore")
+    }
+    assert jnp.isnan(values["nan"])
+    assert values["zero"] == values["ignore"] == solver.with_info(0.0, 1.0)[0]
+    with pytest.warns(fg.SolveFailedWarning, match="lower-level solve failed"):
+        fg.fixed_point(slow, fg.aid(fg.dense()), on_failure="warn")(solver)(0.0, 1.0)
+    fine = fg.fixed_point(slow, fg.aid(fg.dense()))(fg.picard(slow, max_steps=4000, rtol=1e-9))
+    assert jnp.isnan(fine(0.0, jnp.nan))  # NaN in, NaN out: not w₀.
+
+
+@pytest.mark.parametrize("estimator", [fg.aid(fg.dense()), fg.forward(fg.aid(fg.gmres(**_UNTIL)))])
+def test_an_element_that_failed_can_be_left_out_of_what_all_share(estimator: fg.Estimator) -> None:
+    def phi(w: jax.Array, lam: jax.Array, x: jax.Array) -> jax.Array:
+        return x * w + lam
+
+    solve = fg.fixed_point(phi, estimator, on_failure="zero")(
+        fg.picard(phi, max_steps=300, rtol=1e-10)
+    )
+    x = jnp.array([0.5, 0.999, 0.25])  # The second is too slow for that many steps.
+    total = jax.jit(jax.grad(lambda lam: jnp.sum(jax.vmap(lambda x: solve(0.0, lam, x))(x))))
+    assert float(total(1.0)) == pytest.approx(2 + 4 / 3, rel=1e-8)

@@ -642,3 +642,38 @@ def test_cg_accuses_no_symmetric_matrix(dtype, condition, size):
     for num_steps in (3, 20):
         _, info = fg.cg(num_steps=num_steps)(lambda v: m @ v, jnp.ones(size, dtype))
         assert Status(int(info.status)) == Status.FIXED_STEPS
+
+
+KRYLOV = [fg.cg, fg.gmres, fg.bicgstab, fg.normal_cg]
+
+
+@pytest.mark.parametrize("make", [*KRYLOV, fg.fp])
+def test_a_small_leaf_is_solved_beside_a_large_one(make):
+    def matvec(v):
+        return {"a": 0.5 * v["a"], "b": jnp.array([0.9, 0.2]) * v["b"]}
+
+    b = {"a": jnp.array(1e6), "b": jnp.array([1e-3, 1e-3])}
+    x, info = make(max_steps=500, rtol=1e-6)(matvec, b)
+    assert int(info.status) == Status.CONVERGED
+    np.testing.assert_allclose(x["b"], [1e-2, 1.25e-3], rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [fg.cg, fg.gmres, fg.bicgstab, fg.normal_cg])
+def test_a_leaf_on_which_b_is_zero_costs_nothing_extra(make):
+    def matvec(v):
+        return {"a": 0.5 * v["a"] + 0.1 * v["b"], "b": 0.1 * v["a"] + 0.5 * v["b"]}
+
+    b = {"a": jnp.ones(3), "b": jnp.zeros(3)}
+    _, info = make(max_steps=9, rtol=1e-8)(matvec, b)
+    assert bool(info.converged)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("make", KRYLOV)
+def test_a_float32_floor_is_not_a_singular_matrix(make, warm):
+    eigenvalues = jnp.linspace(1 / 1.4e4, 1.0, 30).astype(jnp.float32)
+    b = jnp.asarray(np.random.default_rng(0).normal(size=30), jnp.float32)
+    start = b / eigenvalues if warm else None
+    x, info = make(max_steps=3000, rtol=1e-7)(lambda v: v - eigenvalues * v, b, start)
+    assert bool(info.converged)
+    np.testing.assert_allclose(x, b / eigenvalues, rtol=1e-2)

@@ -463,3 +463,63 @@ def test_anderson_has_nothing_to_do_for_a_w_without_leaves(settings):
     w, info = fg.anderson(lambda w, lam: w, **settings).with_info({}, 1.0)
     assert w == {}
     assert bool(info.converged)
+
+
+def two_scales(w, lam):
+    """Two leaves that have nothing to do with each other, nine orders of magnitude apart."""
+    return {"a": 0.5 * w["a"] + 5e5, "b": 0.9 * w["b"] + 1e-4 * lam}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("make", [fg.picard, fg.anderson], ids=["picard", "anderson"])
+def test_a_small_leaf_is_solved_beside_a_large_one(make, dtype):
+    w0 = {"a": jnp.asarray(1e6, dtype), "b": jnp.asarray(0.0, dtype)}
+    lam = jnp.asarray(1.0, dtype)
+
+    def phi(w, lam):
+        return jax.tree.map(lambda x: x.astype(dtype), two_scales(w, lam))
+
+    w, info = make(phi, max_steps=500, rtol=1e-5).with_info(w0, lam)
+    assert int(info.status) == Status.CONVERGED
+    np.testing.assert_allclose(w["b"], 1e-3, rtol=2e-4)
+    stuck = fg.checked(lambda w0, _: w0, phi, rtol=1e-5)
+    assert int(stuck.with_info(w0, lam)[1].status) == Status.MAX_STEPS
+
+
+def test_a_leaf_that_is_zero_but_for_rounding_is_no_failure():
+    def phi(w, lam):  # b is what rounding leaves of a difference.
+        return {"a": 0.5 * w["a"] + lam, "b": 0.3 * w["b"] + (0.1 * jnp.sum(w["a"]) - 0.6 * lam[0])}
+
+    lam = jnp.ones(3)
+    w0 = {"a": jnp.zeros(3), "b": jnp.zeros(())}
+    _, info = fg.picard(phi, max_steps=500, rtol=1e-8).with_info(w0, lam)
+    assert bool(info.converged)
+    near = {"a": 2.0 * lam * (1 + EPS), "b": jnp.asarray(1e-17)}
+    assert bool(fg.checked(lambda w0, _: w0, phi, rtol=1e-8).with_info(near, lam)[1].converged)
+
+
+def test_a_float32_intercept_does_not_hide_the_weights():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(40, 2)), jnp.float32)
+    y = jnp.asarray(5e5 + np.asarray(x) @ [1.0, 2.0] + rng.normal(size=40), jnp.float32)
+
+    def loss(w, lam):
+        fit = jnp.mean((x @ w["slope"] + w["intercept"] - y) ** 2)
+        return 0.5 * (fit + lam * jnp.sum(w["slope"] ** 2))
+
+    phi = fg.gradient_descent(loss, step_size=0.5)
+    w0 = {"slope": jnp.zeros(2, jnp.float32), "intercept": jnp.asarray(5e5, jnp.float32)}
+    w = fg.picard(phi, max_steps=1000, atol=1e-3)(w0, jnp.float32(0.1))
+    np.testing.assert_allclose(w["slope"], [1.0, 2.0], atol=0.5)
+
+
+@pytest.mark.parametrize("make", [fg.picard, fg.anderson], ids=["picard", "anderson"])
+def test_the_floor_of_the_dtype_is_tried_before_it_is_believed(make):
+    rng = np.random.default_rng(1)
+    a = rng.normal(size=(30, 30))
+    a = jnp.asarray(0.8 * a / np.linalg.norm(a, 2), jnp.float32)
+    lam = jnp.asarray(rng.normal(size=30), jnp.float32)
+    w, info = make(lambda w, lam: a @ w + lam, max_steps=400, atol=1e-6).with_info(0 * lam, lam)
+    # Eight times eps ‖w‖ is seven times this tolerance, and not the floor.
+    assert float(jnp.linalg.norm(a @ w + lam - w)) < 3e-6
+    assert bool(info.converged)

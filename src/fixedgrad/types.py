@@ -32,6 +32,7 @@ class Solver(Protocol):
 class Decorated(Protocol):
     """A solver under `fixed_point`: it also tells what the solver says of itself."""
 
+    __name__: str
     has_tolerance: bool
 
     def __call__(self, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree: ...

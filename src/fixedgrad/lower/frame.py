@@ -126,7 +126,7 @@ class Lower(NamedTuple):
         # A multiple of the rounding of w, smaller where eps is coarse.
         rounding = jnp.where(eps < 1e-5, 8 * eps, 2 * eps) * scales
         if nudged and len(after) > 1:
-            moved = _inexact(self.phi(random_rounding(w, 8)))
+            moved = _inexact(self.phi(random_rounding(w, 16)))
             rounding += self.space.sizes(optax.tree.sub(to_real(moved), to_real(after)))
         tolerance = joint_tolerance(sizes, stop.tolerance(scales))
         floor = 8 * jnp.max(eps, initial=0) * whole(scales)
