@@ -270,7 +270,7 @@ def _repels(
     def step(s: _Lanczos) -> _Lanczos:
         a_q = tree.sub(s.q, jt(s.q))
         alpha, back = inner(s.q, a_q), inner(s.before, a_q)
-        first = s.count == 0
+        first = s.products == 0
         skew = jnp.where(first, 0.0, jnp.abs(back - s.beta))
         rest = jax.tree.map(
             lambda a, q, b: a - alpha.astype(a.dtype) * q - s.beta.astype(a.dtype) * b,
@@ -283,7 +283,7 @@ def _repels(
         following, beta = unit(rest)
         spanned = beta <= eps**0.5 * scale  # An invariant subspace: there is no more to see.
         symmetric = s.symmetric & (skew <= eps**0.5 * scale)
-        count = s.count + 1
+        count = s.products + 1
         negative = s.negative | (pivot <= 0)
         done = spanned | ~symmetric | (negative & (count > 2)) | (count >= _PROBES)
         pivot = jnp.where(pivot == 0, -jnp.finfo(dtype).tiny, pivot)
@@ -295,7 +295,7 @@ def _repels(
     zero, false = jnp.zeros((), dtype), jnp.asarray(False)
     s = _Lanczos(start, start, zero, zero, zero, jnp.int32(0), false, ~false, ~jnp.asarray(wanted))
     s = lax.while_loop(lambda s: ~s.done, step, s)
-    return s.symmetric & s.negative, s.count
+    return s.symmetric & s.negative, s.products
 
 
 class _Lanczos(NamedTuple):
@@ -306,7 +306,7 @@ class _Lanczos(NamedTuple):
     beta: jax.Array
     pivot: jax.Array
     scale: jax.Array
-    count: jax.Array
+    products: jax.Array
     negative: jax.Array
     symmetric: jax.Array
     done: jax.Array
