@@ -153,8 +153,8 @@ def truncated_itd(*, num_steps: int) -> Estimator:
         _, vjp = jax.vjp(lambda w, a: iterate(phi, w, a), w, args)
         left, args_bar = vjp(w_bar)
         space = Space.of_map(lambda w: phi(w, args), w)
-        residual = space.size(left)
-        idle = residual >= space.size(w_bar)
+        residual = space.size_of(left)
+        idle = residual >= space.size_of(w_bar)
         status = status_where(idle & (residual > 0), Status.NO_PROGRESS, Status.FIXED_STEPS)
         return Backward(None, args_bar, None, solve_info(num_steps, residual, status))
 

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .realify import whole
 from .replication import steady
-from .types import PyTree, Scalar, SolveInfo, Status, solve_info, status_where
+from .types import PyTree, Scalar, SolveInfo, Status, Stopping, solve_info, status_where
 
 _PATIENCE = 10  # Steps without a smaller residual before a small one counts as rounding, at least.
 
@@ -46,13 +45,25 @@ class Measured(NamedTuple):
         return jnp.stack([self.norm, excess])
 
 
-def joint_tolerance(sizes: jax.Array, tolerances: jax.Array) -> jax.Array:
-    """What the norm over all leaves is to fall below, from the residual and the tolerance of each."""
+def joint_tolerance(
+    stop: Stopping, norm: jax.Array, scale: jax.Array, sizes: jax.Array, scales: jax.Array
+) -> jax.Array:
+    """What ‖r‖ is to fall below, by what `stop` asks for of r as a whole and of each leaf.
+
+    Args:
+        stop: The tolerances.
+        norm: ‖r‖.
+        scale: What `rtol` is relative to.
+        sizes: The largest entry of each leaf of r.
+        scales: What `rtol` is relative to in each leaf.
+    """
+    tolerance = stop.tolerance(scale)
     if sizes.size == 1:
-        return tolerances[0]
-    shares = jnp.where(sizes > 0, tolerances / jnp.where(sizes > 0, sizes, 1.0), jnp.inf)
-    share = jnp.min(shares, initial=jnp.inf)
-    return jnp.where(jnp.isfinite(share), share * whole(sizes), whole(tolerances))
+        return tolerance
+    of_leaves = stop.tolerance(scales)
+    shares = jnp.where(sizes > 0, of_leaves / jnp.where(sizes > 0, sizes, 1.0), jnp.inf)
+    share = jnp.min(shares)
+    return jnp.minimum(tolerance, jnp.where(jnp.isfinite(share), share * norm, tolerance))
 
 
 class Progress(NamedTuple):

@@ -7,11 +7,13 @@ only, and a Krylov method over the complex numbers would be silently wrong. As r
 Re⟨x, y⟩ gives CG the same steps as the complex one.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .replication import coupled_axes, largest, total
@@ -30,58 +32,91 @@ def resolution(tree: PyTree) -> float:
     return max((float(jnp.finfo(x.dtype).eps) for x in _leaves(tree)), default=0.0)
 
 
+def joined(tree: PyTree) -> bool:
+    """Whether the real form of `tree` is one vector, and not one array for each leaf.
+
+    A vector compiles faster, by the number of leaves. But joining leaves that are sharded over devices
+    gathers them, and under `jit` nothing says whether they are.
+    """
+    return len(jax.tree.leaves(tree)) > 1 and jax.device_count() == 1
+
+
 def realified(like: PyTree) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
     """Two inverse functions, to the real form of pytrees like `like` and back.
 
-    The real form is a list with the real array of each real leaf and the pair of each complex one.
-    Leaves are neither reshaped nor joined, so that their sharding stays as it is.
+    The real form is a list: of one vector where leaves are `joined`; else of the real array of each
+    real leaf and the pair of each complex one, which keeps their sharding.
     """
     leaves, treedef = jax.tree.flatten(like)
     dtype = real_dtype(like)
-    kinds = [(x.dtype, jnp.iscomplexobj(x)) for x in map(jnp.asarray, leaves)]
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
 
     def to_real(tree: PyTree) -> PyTree:
+        leaves = [jnp.asarray(x) for x in treedef.flatten_up_to(tree)]
         return [
             (jnp.real(x).astype(dtype), jnp.imag(x).astype(dtype))
-            if is_complex
-            else jnp.asarray(x).astype(dtype)
-            for x, (_, is_complex) in zip(treedef.flatten_up_to(tree), kinds, strict=True)
+            if jnp.iscomplexobj(x)
+            else x.astype(dtype)
+            for x in leaves
         ]
 
     def from_real(real: PyTree) -> PyTree:
         return treedef.unflatten(
             [
-                jax.lax.complex(*x).astype(kind) if is_complex else x.astype(kind)
-                for x, (kind, is_complex) in zip(real, kinds, strict=True)
+                jax.lax.complex(*x).astype(s.dtype) if isinstance(x, tuple) else x.astype(s.dtype)
+                for x, s in zip(real, shapes, strict=True)
             ]
         )
 
-    return to_real, from_real
+    if not joined(like):
+        return to_real, from_real
+
+    parts = [2 if jnp.issubdtype(s.dtype, jnp.complexfloating) else 1 for s in shapes]
+    ends = np.cumsum([n * s.size for n, s in zip(parts, shapes, strict=True)])[:-1]
+
+    def to_vector(tree: PyTree) -> PyTree:
+        return [jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(to_real(tree))])]
+
+    def from_vector(real: PyTree) -> PyTree:
+        cut = []
+        for x, n, s in zip(jnp.split(real[0], ends), parts, shapes, strict=True):
+            x = jnp.reshape(x, (n, *s.shape))
+            cut.append((x[0], x[1]) if n == 2 else x[0])
+        return from_real(cut)
+
+    return to_vector, from_vector
 
 
 class Space(NamedTuple):
     """The real vectors that stand for pytrees like one w, which may be spread over mapped axes.
 
     Attributes:
-        axes: For each leaf the mapped axes over which it is spread; inner products and norms are sums
-            over these.
+        axes: For each array of the real form the mapped axes over which it is spread; inner products
+            and norms are sums over these.
+        ends: Where the leaves end in a real form that is one vector.
     """
 
     axes: tuple[tuple[str, ...], ...]
+    ends: tuple[int, ...]
 
     @classmethod
     def of(cls, jaxpr: Any, tree: PyTree) -> "Space":
         """That of `tree`, for an iteration or a linear system whose map has this jaxpr."""
-        return cls(coupled_axes(jaxpr, jax.tree.leaves(tree)))
+        leaves = jax.tree.leaves(tree)
+        axes = coupled_axes(jaxpr, leaves)
+        if not joined(tree):
+            return cls(axes, ())
+        sizes = [jnp.size(x) * (2 if jnp.iscomplexobj(x) else 1) for x in leaves]
+        return cls(axes[:1], tuple(np.cumsum(sizes)))
 
     @classmethod
     def of_map(cls, phi: Callable[[PyTree], PyTree], w: PyTree) -> "Space":
         """That of w, for an iteration of Φ."""
         return cls.of(jax.make_jaxpr(phi)(w).jaxpr, w)
 
-    def size(self, tree: PyTree) -> jax.Array:
-        """The norm of a pytree of inexact leaves like w. A constant."""
-        return whole(self.sizes(realified(tree)[0](tree)))
+    def size_of(self, tree: PyTree) -> jax.Array:
+        """The norm of a pytree of inexact leaves like w, whatever its scale. A constant."""
+        return self.size(realified(tree)[0](tree))
 
     @property
     def together(self) -> tuple[str, ...]:
@@ -118,14 +153,17 @@ class Space(NamedTuple):
 
         return self._total([_added(leaf, q) for q in basis])
 
-    def sizes(self, x: PyTree) -> jax.Array:
-        """The norm of each leaf of a real form, whatever its scale, stacked. Constants."""
-        sizes = []
-        for leaf, axes in zip(jax.lax.stop_gradient(x), self.axes, strict=True):
-            scale = power_of_two(leaf, axes)
-            square = optax.tree.norm(optax.tree.scale(1 / scale, leaf), squared=True)
-            sizes.append(scale * jnp.sqrt(total(jnp.asarray(square), axes)))
-        return jnp.stack(sizes) if sizes else jnp.zeros(0, real_dtype(x))
+    def size(self, x: PyTree) -> jax.Array:
+        """‖x‖ of a real form, whatever its scale. A constant."""
+        x = jax.lax.stop_gradient(x)
+        scale = power_of_two(x, self.together)
+        return scale * self.norm(optax.tree.scale(1 / scale, x))
+
+    def entries(self, x: PyTree) -> jax.Array:
+        """The largest entry of each leaf of a real form, by absolute value, stacked. Constants."""
+        leaves = jnp.split(x[0], self.ends[:-1]) if self.ends else x
+        axes = self.axes * (len(leaves) // len(self.axes))
+        return jnp.stack([largest(_largest(a), b) for a, b in zip(leaves, axes, strict=True)])
 
     def _total(self, parts: list[Any]) -> jax.Array:
         """The sum of what all leaves contribute: one collective for all that are spread alike."""
@@ -139,13 +177,9 @@ def _added(function: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
     return jax.tree.reduce(jnp.add, jax.tree.map(function, *trees))
 
 
-def whole(sizes: jax.Array) -> jax.Array:
-    """The norm of all leaves, from that of each."""
-    if sizes.size == 1:
-        return sizes[0]
-    most = jnp.max(sizes, initial=0)
-    safe = jnp.where((most > 0) & jnp.isfinite(most), most, 1.0)
-    return safe * jnp.sqrt(jnp.sum((sizes / safe) ** 2))
+def _largest(tree: PyTree) -> jax.Array:
+    parts = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(jax.lax.stop_gradient(tree))]
+    return functools.reduce(jnp.maximum, parts)
 
 
 def norm(tree: PyTree) -> jax.Array:
@@ -172,8 +206,7 @@ def power_of_two(tree: PyTree, axes: tuple[str, ...] = ()) -> jax.Array:
     The square of a small entry is 0, below 10⁻²³ in float32, and would pass for 0; that of a large one
     is infinite. A power of two changes no digit.
     """
-    entries = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(jax.lax.stop_gradient(tree))]
-    size = largest(jnp.max(jnp.stack(entries)), axes) if entries else jnp.ones(())
+    size = largest(_largest(tree), axes) if jax.tree.leaves(tree) else jnp.ones(())
     info = jnp.finfo(size.dtype)
     limited = jnp.clip(size, 4 * info.tiny, info.max / 4)  # So that 1 / scale is in range too.
     return jnp.where(size > 0, jax.lax.reduce_precision(limited, info.nexp, 0), 1)

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from ..iteration import Measured, joint_tolerance, verdict
-from ..realify import Space, power_of_two, real_dtype, realified, resolution, whole
+from ..realify import Space, power_of_two, real_dtype, realified, resolution
 from ..replication import steady
 from ..types import (
     LinearSolver,
@@ -47,7 +47,7 @@ class System(NamedTuple):
         b: The right-hand side.
         x0: The start; `None` for zero.
         space: Where norms and inner products are taken.
-        sizes: The norm of each leaf of b.
+        norm: ‖b‖.
         scale: What b and x were divided by.
         eps: What a product can resolve.
     """
@@ -56,13 +56,9 @@ class System(NamedTuple):
     b: PyTree
     x0: PyTree | None
     space: Space
-    sizes: jax.Array
+    norm: jax.Array
     scale: jax.Array
     eps: float
-
-    @property
-    def norm(self) -> jax.Array:
-        return whole(self.sizes)
 
     def product(self, x: PyTree) -> PyTree:
         return tree.sub(x, self.matvec(x))
@@ -80,11 +76,9 @@ class System(NamedTuple):
         hide behind the others: in each the residual is held to rtol times what b and x have there.
         """
         stop = stop._replace(atol=jnp.asarray(stop.atol, self.scale.dtype) / self.scale)
-        tolerance, norm = stop.tolerance(self.norm), self.space.norm(r)
-        if self.sizes.size > 1:
-            scales = jnp.maximum(self.sizes, self.space.sizes(x))
-            of_leaves = joint_tolerance(self.space.sizes(r), stop.tolerance(scales))
-            tolerance = jnp.minimum(tolerance, of_leaves)
+        norm, entries = self.space.norm(r), self.space.entries
+        scales = jnp.maximum(entries(self.b), entries(x))
+        tolerance = joint_tolerance(stop, norm, self.norm, entries(r), scales)
         floor = self.floor(x)
         return Measured(norm, tolerance, floor, norm <= floor)
 
@@ -214,16 +208,15 @@ def linear_solver(
             )
         scale = power_of_two(real, space.together) if scaled else jnp.ones((), real_dtype(b))
         real = tree.scale(1 / scale, real)
-        sizes = space.sizes(real)
+        norm = space.size(real)
         start = None
         if x0 is not None:
-            some = jnp.any(sizes > 0)
-            start = tree.where(some, tree.scale(1 / scale, to_real(x0)), tree.zeros_like(real))
+            start = tree.where(norm > 0, tree.scale(1 / scale, to_real(x0)), tree.zeros_like(real))
 
         def product(u: PyTree) -> PyTree:
             return to_real(matvec(from_real(u)))
 
-        system = System(product, real, start, space, sizes, scale, resolution(b))
+        system = System(product, real, start, space, norm, scale, resolution(b))
         x, info = solve(system)
         info = info._replace(residual=info.residual * scale, tolerance=info.tolerance * scale)
         return from_real(tree.scale(scale, x)), info

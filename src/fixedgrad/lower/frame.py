@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ..failure import enforce_value
 from ..iteration import Measured, joint_tolerance
 from ..packing import fresh, is_inexact, phi_hint, started
-from ..realify import Space, norm, random_rounding, realified, resolution, whole
+from ..realify import Space, norm, random_rounding, realified, resolution
 from ..types import (
     OnFailure,
     Phi,
@@ -84,9 +85,9 @@ def held_to_phi(
     the start tells that such a w is next to nothing.
     """
     image, space = phi(w), Space.of_map(phi, w)
-    residual = space.size(optax.tree.sub(image, w))
-    size = jnp.maximum(space.size(w), space.size(image))
-    far = (residual > 0.9 * size) & (residual > resolution(w) ** 0.5 * space.size(w0))
+    residual = space.size_of(optax.tree.sub(image, w))
+    size = jnp.maximum(space.size_of(w), space.size_of(image))
+    far = (residual > 0.9 * size) & (residual > resolution(w) ** 0.5 * space.size_of(w0))
     if info is None:
         info = solve_info(0, residual, Status.NOT_RUN)._replace(converged=jnp.asarray(True))
     silent = (info.status == int(Status.NOT_RUN)) | (info.status == int(Status.FIXED_STEPS))
@@ -118,19 +119,22 @@ class Lower(NamedTuple):
         with `nudged` one more Φ shows how far their last digits move each leaf. An iteration need not
         ask; it stops shrinking there.
         """
-        before, after = _inexact(w), _inexact(image)
+        after = _inexact(image)
         to_real, _ = realified(after)
-        sizes = self.space.sizes(optax.tree.sub(to_real(after), to_real(before)))
-        scales = self.space.sizes(to_real(after))
-        eps = jnp.asarray([jnp.finfo(x.dtype).eps for x in after], scales.dtype)
+        real = to_real(after)
+        r = optax.tree.sub(real, to_real(_inexact(w)))
+        norm, scale = self.space.size(r), self.space.size(real)
+        sizes, scales = self.space.entries(r), self.space.entries(real)
+        eps = np.array([float(jnp.finfo(x.dtype).eps) for x in after])
         # A multiple of the rounding of w, smaller where eps is coarse.
-        rounding = jnp.where(eps < 1e-5, 8 * eps, 2 * eps) * scales
+        multiple = np.where(eps < 1e-5, 8 * eps, 2 * eps)
+        rounding = jnp.asarray(multiple, scales.dtype) * scales
         if nudged and len(after) > 1:
-            moved = _inexact(self.phi(random_rounding(w, 16)))
-            rounding += self.space.sizes(optax.tree.sub(to_real(moved), to_real(after)))
-        tolerance = joint_tolerance(sizes, stop.tolerance(scales))
-        floor = 8 * jnp.max(eps, initial=0) * whole(scales)
-        return Measured(whole(sizes), tolerance, floor, jnp.all(sizes <= rounding))
+            moved = to_real(_inexact(self.phi(random_rounding(w, 16))))
+            rounding += self.space.entries(optax.tree.sub(moved, real))
+        tolerance = joint_tolerance(stop, norm, scale, sizes, scales)
+        rounded = jnp.all(sizes <= rounding) if len(after) > 1 else norm <= multiple[0] * scale
+        return Measured(norm, tolerance, 8 * multiple.max() * scale, rounded)
 
 
 def lower_level(
