@@ -80,6 +80,11 @@ PICARD = fg.picard(phi, num_steps=5)
 UNTIL = fg.picard(phi, max_steps=5, rtol=1e-3)
 
 
+def _while(w0: Any, lam: Any) -> Any:
+    """A `while_loop` of one's own."""
+    return jax.lax.while_loop(lambda w: jnp.any(w < 0.5), lambda w: phi(w, lam), w0)
+
+
 def _solved(
     solver: Any = PICARD,
     *,
@@ -176,7 +181,11 @@ BAD_INPUTS = (
         "an unknown policy",
         lambda: fg.fixed_point(phi, AID, on_failure="error"),  # pyright: ignore
         ValueError,
-        ("`on_failure` of `fixed_point`", "got 'error'", "('nan', 'warn', 'raise', 'ignore')"),
+        (
+            "`on_failure` of `fixed_point`",
+            "got 'error'",
+            "('nan', 'zero', 'warn', 'raise', 'ignore')",
+        ),
     ),
     BadInput(
         "has_aux that is no bool",
@@ -782,7 +791,7 @@ BAD_INPUTS = (
     ),
     BadInput(
         "reverse-mode itd through a while_loop",
-        lambda: _updated(solver=UNTIL, estimator=fg.itd()),
+        lambda: _updated(solver=_while, estimator=fg.itd()),
         ValueError,
         ("Reverse-mode differentiation", "`num_steps` in place of `max_steps`", "`aid(...)`"),
     ),

@@ -207,9 +207,8 @@ def test_an_info_is_what_the_formulas_say(t, k):
     assert float(state.hypergrad.value) == float(history.value[-1])
 
 
-@pytest.mark.parametrize("estimator", [fg.itd(), fg.truncated_itd(num_steps=4)])
-def test_an_info_without_a_linear_solve_has_no_residual_and_no_steps_of_it(estimator):
-    loop = fg.bilevel(of_halved(estimator), optax.sgd(0.1))
+def test_an_info_without_a_linear_solve_has_no_residual_and_no_steps_of_it():
+    loop = fg.bilevel(of_halved(fg.itd()), optax.sgd(0.1))
     _, history = loop.run(loop.init(jnp.zeros(2), jnp.ones(2)), num_steps=3)
     assert np.all(np.isinf(history.linear_residual))
     np.testing.assert_array_equal(history.linear_steps, np.zeros(3, np.int32))

@@ -275,15 +275,15 @@ POLICY_ROWS = [
     Row(
         f"{where} with an unknown policy",
         ValueError,
-        rf"`on_failure` of `{where}` must be one of \('nan', 'warn', 'raise', 'ignore'\), got 'zero'",
+        rf"`on_failure` of `{where}` must be one of \('nan', 'zero', 'warn', 'raise', 'ignore'\), got 'skip'",
         call,
     )
     for where, call in {
-        "picard": lambda: fg.picard(half, num_steps=2, on_failure="zero"),
-        "anderson": lambda: fg.anderson(half, num_steps=2, on_failure="zero"),
-        "checked": lambda: fg.checked(half, half, on_failure="zero"),
-        "fixed_point": lambda: fg.fixed_point(half, AID, on_failure="zero"),
-        "hypergradient": lambda: fg.hypergradient(loss, half, half, AID, on_failure="zero"),
+        "picard": lambda: fg.picard(half, num_steps=2, on_failure="skip"),
+        "anderson": lambda: fg.anderson(half, num_steps=2, on_failure="skip"),
+        "checked": lambda: fg.checked(half, half, on_failure="skip"),
+        "fixed_point": lambda: fg.fixed_point(half, AID, on_failure="skip"),
+        "hypergradient": lambda: fg.hypergradient(loss, half, half, AID, on_failure="skip"),
     }.items()
 ]
 ESTIMATOR_ROWS = [
@@ -430,7 +430,7 @@ STRUCTURE_ROWS = [
     Row(
         "starting point that holds text",
         TypeError,
-        r"`w0` of `fixed_point` must hold arrays and numbers only, got 'zero' of type `str` at "
+        r"`w0` of `fixed_point` must hold arrays and numbers only, got 'skip' of type `str` at "
         r"`w0\['w'\]`; keep it elsewhere: as a further argument, or in a closure",
         lambda: decorated(half)({"w": "zero"}, ONES),
     ),
@@ -626,6 +626,22 @@ def _one_gradient(estimator):
 # The outer loop.
 
 HYPERGRAD = fg.hypergradient(loss, half, fg.picard(half, num_steps=3), AID)
+COLLECTIVE_ROWS = [
+    Row(
+        f"{name} of a system that a collective spreads over an axis",
+        TypeError,
+        f"`{name}` solves one system on its own, but a collective over `i` makes one of all",
+        lambda solver=solver: jax.vmap(
+            lambda b: solver(lambda u: jax.lax.pmean(u, "i"), b)[0], axis_name="i"
+        )(jnp.ones((2, 3))),
+    )
+    for name, solver in {
+        "dense": fg.dense(),
+        "from_lineax": fg.from_lineax(lineax.GMRES(1e-6, 1e-6)),
+    }.items()
+]
+
+
 BILEVEL_ROWS = [
     Row(
         "bilevel with a function for a hypergradient",
@@ -864,6 +880,7 @@ ROWS = [
     *ESTIMATOR_ROWS,
     *STRUCTURE_ROWS,
     *LINEAR_SOLVER_ROWS,
+    *COLLECTIVE_ROWS,
     *OTHER_ROWS,
     *BILEVEL_ROWS,
     *TRUST_ROWS,

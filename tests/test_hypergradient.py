@@ -163,9 +163,15 @@ def test_state_before_the_first_update_says_so():
         assert not bool(info.converged)
 
 
-@pytest.mark.parametrize("estimator", [fg.itd(), fg.truncated_itd(num_steps=2)])
-def test_estimators_without_a_linear_system_have_neither_v_nor_its_info(estimator):
-    _, state = after_one_update(ROOT, estimator, start=fg.warm())
+def test_truncated_itd_tells_what_its_steps_leave():
+    _, state = after_one_update(ROOT, fg.truncated_itd(num_steps=2))
+    assert state.v is None
+    assert int(state.info.linear.num_steps) == 2
+    assert int(state.info.linear.status) == Status.FIXED_STEPS
+
+
+def test_an_estimator_without_a_linear_system_has_neither_v_nor_its_info():
+    _, state = after_one_update(ROOT, fg.itd(), start=fg.warm())
     assert state.v is None
     assert state.info.linear is None
     assert int(state.info.lower.status) == Status.FIXED_STEPS

@@ -15,7 +15,7 @@ from jax import lax
 
 from .estimators import check_estimator, run_linear_solver
 from .failure import check_on_failure, enforce, enforce_value
-from .lower import held_to_phi, solve_with_info
+from .lower import held_to_phi, iterates, solve_with_info
 from .packing import (
     SOLVED,
     Layout,
@@ -114,7 +114,8 @@ def fixed_point(
     compiled program ever after (pass a key of `jax.random` as an argument); NumPy on a traced w is
     an error of JAX.
 
-    Cost: the solver's, and one Φ where that has no tolerance; for derivatives the estimator's.
+    Cost: the solver's, and one Φ where that was not made for this Φ; for derivatives the
+    estimator's.
     Memory: w and the arguments are kept for the backward pass, nothing else (`itd`: all iterates).
     When not to use it: where the value of f, warm starts or the info of the solves are wanted
     beside the gradient (`hypergradient`); for a cheap loop of a few steps that JAX may as well
@@ -195,7 +196,7 @@ def fixed_point(
         solve: Any = entry(informed=False)
         # Without it a decorated solver inside another would hide that it failed.
         solve.with_info = entry(informed=True)
-        solve.has_tolerance = getattr(solver, "has_tolerance", False)
+        solve.phi = getattr(solver, "phi", None)
         return solve
 
     return decorate
@@ -273,8 +274,9 @@ def _implicit(
         given, _, closure = join(x, rest)
         w, aux, info = run(w0, *given, *closure)
         w_x, w_rest, _ = partition(w)
-        if not getattr(solver, "has_tolerance", False):
-            info = held_to_phi(lambda w_x: phi_packed(rest, w_rest)(w_x, x), w0, w_x, info)
+        if not iterates(solver, phi):
+            start = partition(w0)[0]
+            info = held_to_phi(lambda w_x: phi_packed(rest, w_rest)(w_x, x), start, w_x, info)
         return w_x, (w_rest, aux, info)
 
     def phi_packed(rest: PyTree, w_rest: PyTree) -> Callable[[PyTree, PyTree], PyTree]:

@@ -10,7 +10,7 @@ import optax
 
 from .estimators import check_estimator, run_linear_solver
 from .failure import check_on_failure, enforce
-from .lower import fixed_point_info, held_to_phi, solve_with_info
+from .lower import fixed_point_info, held_to_phi, iterates, solve_with_info
 from .packing import (
     SOLVED,
     blank,
@@ -25,6 +25,7 @@ from .packing import (
 )
 from .printing import count, member, number, printed, record, shapes_in, values_of
 from .replication import placed_like
+from .signatures import same_arguments
 from .types import (
     Estimator,
     LinearSolver,
@@ -240,11 +241,13 @@ def hypergradient(
             "`warm()`."
         )
     unrolled = estimator.mode == "unroll"
+    check = same_arguments("hypergradient", phi, solver)
 
     def update(
         state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, HypergradientState]:
         check_state(state)
+        check((lam, *args), kwargs)
         w0, v0 = start.propose(state.memory)
         x, join_lam, join_gradient = split_lam("hypergradient", lam)
 
@@ -273,7 +276,7 @@ def hypergradient(
         w = join_w(w_x, w_rest)
         if lower is None:
             lower = fixed_point_info(phi, 0, w, lam, *args, **kwargs)
-        if not (unrolled or getattr(solver, "has_tolerance", False)):
+        if not (unrolled or iterates(solver, phi)):
             start_x = partition(w0)[0]
             lower = held_to_phi(lambda w_x: packed_phi(w_x, x), start_x, w_x, lower)
 

@@ -58,7 +58,7 @@ def joint_tolerance(
         scales: What `rtol` is relative to in each leaf.
     """
     tolerance = stop.tolerance(scale)
-    if sizes.size == 1:
+    if sizes.size <= 1:
         return tolerance
     of_leaves = stop.tolerance(scales)
     shares = jnp.where(sizes > 0, of_leaves / jnp.where(sizes > 0, sizes, 1.0), jnp.inf)

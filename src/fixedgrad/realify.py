@@ -161,6 +161,8 @@ class Space(NamedTuple):
 
     def entries(self, x: PyTree) -> jax.Array:
         """The largest entry of each leaf of a real form, by absolute value, stacked. Constants."""
+        if not x:
+            return jnp.zeros(0)
         leaves = jnp.split(x[0], self.ends[:-1]) if self.ends else x
         axes = self.axes * (len(leaves) // len(self.axes))
         return jnp.stack([largest(_largest(a), b) for a, b in zip(leaves, axes, strict=True)])

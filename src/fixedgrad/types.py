@@ -33,7 +33,7 @@ class Decorated(Protocol):
     """A solver under `fixed_point`: it also tells what the solver says of itself."""
 
     __name__: str
-    has_tolerance: bool
+    phi: Phi | None
 
     def __call__(self, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree: ...
 

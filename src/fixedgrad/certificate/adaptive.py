@@ -21,7 +21,7 @@ from ..packing import (
     strongly_typed,
     zeros_like_inexact,
 )
-from ..printing import printed
+from ..printing import by_name, printed
 from ..realify import norm
 from ..replication import placed_like
 from ..types import (
@@ -51,6 +51,7 @@ tree = optax.tree
 _MAX_ROUNDS = 20
 
 
+@by_name
 def _stay(w0: PyTree, /, *_: PyTree, **__: PyTree) -> PyTree:
     """The solver that leaves w where it is."""
     return w0

@@ -208,7 +208,7 @@ def linear_solver(
             )
         scale = power_of_two(real, space.together) if scaled else jnp.ones((), real_dtype(b))
         real = tree.scale(1 / scale, real)
-        norm = space.size(real)
+        norm = space.norm(real) if scaled else space.size(real)
         start = None
         if x0 is not None:
             start = tree.where(norm > 0, tree.scale(1 / scale, to_real(x0)), tree.zeros_like(real))

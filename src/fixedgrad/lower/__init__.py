@@ -13,5 +13,6 @@ from .anderson import anderson as anderson
 from .frame import CheckedSolver as CheckedSolver
 from .frame import fixed_point_info as fixed_point_info
 from .frame import held_to_phi as held_to_phi
+from .frame import iterates as iterates
 from .frame import solve_with_info as solve_with_info
 from .picard import picard as picard

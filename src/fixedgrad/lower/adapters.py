@@ -92,7 +92,7 @@ def checked(
         measured = lower.measured(stop, lower.w0, lower.phi(lower.w0), nudged=True)
         return w, verdict(0, measured, jnp.full_like(measured.norm, jnp.inf))
 
-    return CheckedSolver(with_info, on_failure, has_tolerance=True)
+    return CheckedSolver(with_info, on_failure, phi)
 
 
 @printed

@@ -155,7 +155,7 @@ def anderson(
         info = verdict(s.i, s.measured, start, s.progress)
         return stopped_by_residual("anderson", from_real(s.w)), info
 
-    return CheckedSolver(with_info, on_failure, stop.num_steps is None)
+    return CheckedSolver(with_info, on_failure, phi)
 
 
 class _Anderson(NamedTuple):

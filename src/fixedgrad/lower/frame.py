@@ -23,6 +23,7 @@ from ..types import (
     Status,
     Stopping,
     check_same,
+    failed,
     solve_info,
     status_where,
 )
@@ -37,13 +38,13 @@ class CheckedSolver:
     Attributes:
         with_info: `(w0, *args, **kwargs) -> (w, SolveInfo)`.
         on_failure: The policy of a direct call, which has nowhere to put the info.
-        has_tolerance: Whether the info says how near w is to a fixed point.
+        phi: The map whose fixed point it looks for.
         name: How it prints: as the call that made it.
     """
 
     with_info: Callable[..., tuple[PyTree, SolveInfo]]
     on_failure: OnFailure
-    has_tolerance: bool
+    phi: Phi
     name: str = "CheckedSolver(...)"
 
     def __repr__(self) -> str:
@@ -75,14 +76,19 @@ def fixed_point_info(
     return solve_info(num_steps, residual, status)
 
 
+def iterates(solver: Solver, phi: Phi) -> bool:
+    """Whether the solver was made for this Φ."""
+    return getattr(solver, "phi", None) is phi
+
+
 def held_to_phi(
     phi: Callable[[PyTree], PyTree], w0: PyTree, w: PyTree, info: SolveInfo | None
 ) -> SolveInfo:
-    """The info of a solve that w is a fixed point of: `NOT_FIXED` where Φ(w) is nothing like w.
+    """The info of a solve that was not made for Φ: `NOT_FIXED` where Φ(w) is nothing like w.
 
-    Of a solve that knows nothing of its accuracy this is the least to ask before w is differentiated
-    as a fixed point of Φ. Where the solution is w = 0, Φ(w) need not be like any w ≠ 0: what w was at
-    the start tells that such a w is next to nothing.
+    This is the least to ask before w is differentiated as a fixed point of Φ. Where the solution is
+    w = 0, Φ(w) need not be like any w ≠ 0: what w was at the start tells that such a w is next to
+    nothing.
     """
     image, space = phi(w), Space.of_map(phi, w)
     residual = space.size_of(optax.tree.sub(image, w))
@@ -90,10 +96,10 @@ def held_to_phi(
     far = (residual > 0.9 * size) & (residual > resolution(w) ** 0.5 * space.size_of(w0))
     if info is None:
         info = solve_info(0, residual, Status.NOT_RUN)._replace(converged=jnp.asarray(True))
-    silent = (info.status == int(Status.NOT_RUN)) | (info.status == int(Status.FIXED_STEPS))
-    far &= silent & jnp.asarray(info.converged)
+    far &= ~failed(info)
     return info._replace(
-        status=status_where(far, Status.NOT_FIXED, info.status), converged=info.converged & ~far
+        status=status_where(far, Status.NOT_FIXED, jnp.asarray(info.status)),
+        converged=info.converged & ~far,
     )
 
 
@@ -127,14 +133,15 @@ class Lower(NamedTuple):
         sizes, scales = self.space.entries(r), self.space.entries(real)
         eps = np.array([float(jnp.finfo(x.dtype).eps) for x in after])
         # A multiple of the rounding of w, smaller where eps is coarse.
-        multiple = np.where(eps < 1e-5, 8 * eps, 2 * eps)
-        rounding = jnp.asarray(multiple, scales.dtype) * scales
+        multiple = np.where(eps < 1e-5, 8 * eps, 2 * eps).astype(scales.dtype)
+        rounding = multiple * scales
         if nudged and len(after) > 1:
             moved = to_real(_inexact(self.phi(random_rounding(w, 16))))
             rounding += self.space.entries(optax.tree.sub(moved, real))
         tolerance = joint_tolerance(stop, norm, scale, sizes, scales)
-        rounded = jnp.all(sizes <= rounding) if len(after) > 1 else norm <= multiple[0] * scale
-        return Measured(norm, tolerance, 8 * multiple.max() * scale, rounded)
+        largest = multiple.max(initial=0)
+        rounded = jnp.all(sizes <= rounding) if len(after) > 1 else norm <= largest * scale
+        return Measured(norm, tolerance, 8 * largest * scale, rounded)
 
 
 def lower_level(

@@ -76,4 +76,4 @@ def picard(
         w, _, info = iterate(lower.phi, lower.w0, image, measure, stop.max_steps)
         return stopped_by_residual("picard", w), info
 
-    return CheckedSolver(with_info, on_failure, stop.num_steps is None)
+    return CheckedSolver(with_info, on_failure, phi)
