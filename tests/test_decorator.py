@@ -708,7 +708,9 @@ def test_a_decorated_solver_has_the_info_of_its_solver_detached():
     assert jnp.isnan(_MISSED(jnp.zeros(()), 1.0))
     assert jax.grad(lambda lam: _REACHED.with_info(jnp.zeros(()), lam)[1].residual)(1.0) == 0.0
     silent = fg.fixed_point(_slow, _IMPLICIT, has_aux=True)(lambda w0, lam: (100.0 * lam, w0))
-    assert silent.with_info(0.0, 1.0) == ((100.0, 0.0), None)
+    out, info = silent.with_info(0.0, 1.0)  # What Φ says of w, as the solver says nothing.
+    assert out == (100.0, 0.0)
+    assert (int(info.status), bool(info.converged)) == (fg.Status.NOT_RUN, True)
 
 
 def test_a_transformation_of_a_solver_is_not_passed_over_for_its_info():

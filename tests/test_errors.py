@@ -275,7 +275,8 @@ POLICY_ROWS = [
     Row(
         f"{where} with an unknown policy",
         ValueError,
-        rf"`on_failure` of `{where}` must be one of \('nan', 'zero', 'warn', 'raise', 'ignore'\), got 'skip'",
+        rf"`on_failure` of `{where}` must be one of \('nan', 'zero', 'warn', 'raise', 'ignore'\), "
+        "got 'skip'",
         call,
     )
     for where, call in {
@@ -430,7 +431,7 @@ STRUCTURE_ROWS = [
     Row(
         "starting point that holds text",
         TypeError,
-        r"`w0` of `fixed_point` must hold arrays and numbers only, got 'skip' of type `str` at "
+        r"`w0` of `fixed_point` must hold arrays and numbers only, got 'zero' of type `str` at "
         r"`w0\['w'\]`; keep it elsewhere: as a further argument, or in a closure",
         lambda: decorated(half)({"w": "zero"}, ONES),
     ),

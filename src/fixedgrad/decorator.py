@@ -139,7 +139,7 @@ def fixed_point(
     Returns:
         A decorator of solvers `solver(w0, *args, **kwargs) -> w`. The decorated solver has a
         `with_info(w0, *args, **kwargs) -> (w, info)`, with `has_aux` `((w, aux), info)`: what the
-        solver says of itself, detached; `None` where it says nothing.
+        solver says of itself, detached; the residual alone where it says nothing, `None` under `itd`.
 
     Raises:
         TypeError: `phi` or the solver is not callable, `estimator` is not an `Estimator`, `has_aux`

@@ -8,6 +8,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from ..printing import printed
+from ..realify import norm
 from ..replication import varying_alike
 from ..types import LinearSolver, PyTree, SolveInfo, Status, check_count, show, status_where
 from .frame import System, linear_solver, tree
@@ -63,7 +64,7 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
         x = jnp.linalg.solve(rows.T, b)
         # eps ‖A‖ ‖x‖ is the backward error of LU; where it is as large as b, x means nothing.
         size = jnp.linalg.norm(rows)
-        noise = system.eps * size * jnp.linalg.norm(x)
+        noise = system.eps * size * norm(x)
         singular = ~(noise < system.noise * system.norm) & (system.norm > 0) & jnp.isfinite(size)
         x = unravel(x)
         singular |= system.residual_norm(x) > system.noise * system.norm
@@ -145,7 +146,7 @@ def from_lineax(solver: Any) -> LinearSolver:
         residual = system.residual_norm(x)
         # eps ‖A‖ ‖x‖ is the backward error of a direct solve, and the rounding of any product; where it
         # is as large as b, x means nothing. ‖A‖ ≤ 2 for contractions, of which there is no matrix here.
-        rounding = system.eps * (2.0 if iterative else size) * system.space.norm(x)
+        rounding = system.eps * (2.0 if iterative else size) * norm(x)
         lost = ~(rounding < system.noise * system.norm) & ~solved
         if iterative:
             # Its tolerances are meant entry by entry; ten times that, over all entries, is a miss. So

@@ -67,7 +67,7 @@ class System(NamedTuple):
         return tree.sub(self.b, self.product(x))
 
     def residual_norm(self, x: PyTree) -> jax.Array:
-        return self.space.norm(self.residual(x))
+        return self.space.size(self.residual(x))
 
     def measured(self, stop: Stopping, x: PyTree, r: PyTree) -> Measured:
         """The residual r of x against what `stop` asks for and what is rounding.

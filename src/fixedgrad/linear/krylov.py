@@ -72,26 +72,28 @@ def gmres(
     def correct(system: System, r: PyTree, steps: jax.Array | int, tol: jax.Array) -> Correction:
         if not isinstance(steps, int):  # A tolerance: one cycle, then the true residual decides.
             length = min(restart, stop.max_steps)
-            return _gmres_cycle(system, r, length, steps, tol)
+            return _gmres_cycle(system, r, length, steps, tol)[0]
 
         def advance(carry: Any, length: int) -> Any:
-            x, left, taken, _ = carry
-            done = _gmres_cycle(system, left, length, length, tol)
+            x, left, taken, _, _ = carry
+            done, norm = _gmres_cycle(system, left, length, length, tol)
             return (
                 tree.add(x, done.d),
                 tree.sub(left, system.product(done.d)),
                 taken + done.steps,
                 done.status,
+                norm,
             )
 
         whole, rest = divmod(steps, restart)
-        carry = tree.zeros_like(r), r, jnp.int32(0), jnp.int32(Status.FIXED_STEPS)
+        start = system.space.norm(r)
+        carry = tree.zeros_like(r), r, jnp.int32(0), jnp.int32(Status.FIXED_STEPS), start
         cycle, carry = steady(lambda c: advance(c, restart), carry)
         carry = lax.fori_loop(0, whole, lambda _, c: cycle(c), carry)
         if rest:
             carry = advance(carry, rest)
-        x, left, taken, status = carry
-        ended = system.steps_status(system.space.norm(left), system.space.norm(r), x)
+        x, _, taken, status, norm = carry
+        ended = system.steps_status(norm, start, x)
         return Correction(x, taken, status_where(is_failure(status), status, ended))
 
     return linear_solver("gmres", corrected(stop, correct, gain=0.99), stop)
@@ -216,11 +218,11 @@ class _Arnoldi(NamedTuple):
 
 def _gmres_cycle(
     system: System, r: PyTree, length: int, steps: jax.Array | int, tol: jax.Array
-) -> Correction:
+) -> tuple[Correction, jax.Array]:
     """One cycle: d minimises ‖r − A d‖ over span{r, Ar, ..., Aᵐ⁻¹r}, m ≤ `length` and ≤ `steps`.
 
     A V_m = V_{m+1} H with H Hessenberg; rotations turn H into R and ‖r‖e₁ into g, so that d = V_m y
-    with R y = g, and |g_{m+1}| is the residual norm.
+    with R y = g, and |g_{m+1}|, returned too, is the residual norm.
     """
     eps, norm = system.eps, system.space.norm
     beta = norm(r)
@@ -298,7 +300,8 @@ def _gmres_cycle(
     noise = eps * size * jnp.linalg.norm(y)
     singular = ((jnp.any(flat) & c.ended) | ~(noise < system.noise * beta)) & (beta > 0)
     singular &= jnp.isfinite(size)
-    return Correction(d, c.j, status_where(singular, Status.SINGULAR, Status.FIXED_STEPS))
+    status = status_where(singular, Status.SINGULAR, Status.FIXED_STEPS)
+    return Correction(d, c.j, status), jnp.abs(c.g[c.j])
 
 
 def _combine(basis: PyTree, coefficients: jax.Array) -> PyTree:

@@ -97,10 +97,8 @@ def held_to_phi(
     if info is None:
         info = solve_info(0, residual, Status.NOT_RUN)._replace(converged=jnp.asarray(True))
     far &= ~failed(info)
-    return info._replace(
-        status=status_where(far, Status.NOT_FIXED, jnp.asarray(info.status)),
-        converged=info.converged & ~far,
-    )
+    status = status_where(far, Status.NOT_FIXED, jnp.asarray(info.status))
+    return info._replace(status=status, converged=info.converged & ~far)
 
 
 class Lower(NamedTuple):
