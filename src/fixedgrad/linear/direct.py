@@ -71,7 +71,7 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
         status = status_where(singular, Status.SINGULAR, Status.CONVERGED)
         return x, system.fixed(1, x, status)
 
-    return linear_solver("dense", solve, scaled=False, direct=True)
+    return linear_solver("dense", solve, direct=True)
 
 
 @printed
