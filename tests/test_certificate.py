@@ -207,6 +207,14 @@ def test_a_fixed_point_that_descent_leaves_is_not_the_one_that_is_meant(w, reaso
     assert bool(c.valid) == (reason == fg.Reason.VALID)
 
 
+@pytest.mark.parametrize("w", [0.2, 0.8])
+def test_in_one_dimension_a_minimum_is_none_that_phi_leaves(w):
+    def phi(w, lam):
+        return 0.5 * jnp.cos(w) + lam
+
+    assert fg.certify(lambda w, lam: w**2 + 0 * lam, phi, w, 1.0, 0.3).valid
+
+
 def test_a_saddle_among_many_directions_is_seen_from_the_start_where_nothing_moves():
     # A network at w = 0: of forty directions one leads away, by a tenth of the largest curvature.
     curvature = jnp.concatenate([jnp.array([-0.1]), jnp.linspace(0.05, 1.0, 39)])

@@ -284,14 +284,15 @@ def _repels(
         spanned = beta <= eps**0.5 * scale  # An invariant subspace: there is no more to see.
         symmetric = s.symmetric & (skew <= eps**0.5 * scale)
         count = s.products + 1
-        negative = s.negative | (pivot <= 0)
+        negative = s.negative | (pivot < 0)
         done = spanned | ~symmetric | (negative & (count > 2)) | (count >= _PROBES)
-        pivot = jnp.where(pivot == 0, -jnp.finfo(dtype).tiny, pivot)
+        pivot = jnp.where(pivot == 0, jnp.finfo(dtype).tiny, pivot)
         return _Lanczos(
             following, s.q, beta, pivot, scale, count, negative, symmetric, done | ~(scale > 0)
         )
 
-    start, _ = unit(tree.add(unit(e_w)[0], unit(_random_signs(e_w))[0]))
+    # Of different lengths, so that they cannot cancel, as they might in one dimension.
+    start, _ = unit(tree.add_scale(unit(e_w)[0], 0.5, unit(_random_signs(e_w))[0]))
     zero, false = jnp.zeros((), dtype), jnp.asarray(False)
     s = _Lanczos(start, start, zero, zero, zero, jnp.int32(0), false, ~false, ~jnp.asarray(wanted))
     s = lax.while_loop(lambda s: ~s.done, step, s)

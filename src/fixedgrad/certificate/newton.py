@@ -14,12 +14,15 @@ from .lagrangian import Packed, Products, ratio
 
 tree = optax.tree
 
-_PLAIN_STEPS = 10  # Steps of Φ where a Newton step does not bring the residual down.
+_PLAIN_STEPS = 10  # Steps of Φ, at least, where a Newton step does not bring the residual down.
 LOOSE = 0.1  # Tolerance of the solves in an estimate, and of a Newton step far from the goal.
 
 
 class _Newton(NamedTuple):
-    """The carry of Newton–Krylov: a point to be judged, the last one accepted and its residual norm."""
+    """The carry of Newton–Krylov: a point to be judged, the last one accepted and its residual norm.
+
+    `effort` are the products of the solve that proposed the point.
+    """
 
     w: PyTree
     before: PyTree
@@ -28,6 +31,7 @@ class _Newton(NamedTuple):
     met: jax.Array
     gain: jax.Array
     left: jax.Array
+    effort: jax.Array
     spent: Products
 
 
@@ -43,7 +47,9 @@ def newton_krylov(
     """Brings ‖w − Φ(w)‖ to `tau`, or to `goal` ‖Φ(w)‖ if that is more: Newton steps with forcing terms.
 
     Each step linearises Φ once, at the point that the last one proposed. Where that point has not
-    brought the residual down, plain steps of Φ from the point before take its place.
+    brought the residual down, plain steps of Φ from the point before take its place: as many as the
+    failed step took products, so that where Newton's method gets nowhere, as on the plateaus of a
+    network, half of the work at least is Φ's; ten only, where they lead away.
 
     Returns:
         w, the largest gain ‖e‖/‖r‖ of the solves, the residual that the last one left (see `Seen`), and
@@ -65,21 +71,37 @@ def newton_krylov(
         forcing = jnp.clip(0.5 * target / size, 1e-4, LOOSE)
         e, info = linear_solver(jnp.where(met | rejected, 1.0, forcing))(jvp, r)
         lost = rejected | (failed(info) & ~met)
+        effort = products_of(info)
+        many = jnp.maximum(jnp.where(rejected, s.effort, effort), _PLAIN_STEPS)
 
-        def plain() -> PyTree:
+        def plain() -> tuple[PyTree, jax.Array]:
+            def unfinished(carry: tuple[jax.Array, PyTree, jax.Array, jax.Array]) -> jax.Array:
+                i, _, start, size = carry
+                return (i < many) & ((i < _PLAIN_STEPS) | (size <= start))
+
+            def body(carry: tuple[jax.Array, PyTree, jax.Array, jax.Array]):
+                i, u, start, _ = carry
+                image = packed.phi(u, packed.x)
+                size = norm(tree.sub(u, image))
+                return i + 1, image, jnp.where(i == 0, size, start), size
+
             start = tree.where(rejected, s.before, s.w)
-            return lax.fori_loop(0, _PLAIN_STEPS, lambda _, u: packed.phi(u, packed.x), start)
+            i, u, _, _ = lax.while_loop(unfinished, body, (jnp.int32(0), start, size, size))
+            return u, i
 
-        w = lax.cond(lost, plain, lambda: tree.where(met, s.w, tree.sub(s.w, e)))
-        extra = jnp.where(lost, 1 + _PLAIN_STEPS, 1).astype(jnp.int32)
-        spent = s.spent._replace(phi=s.spent.phi + extra, j=s.spent.j + products_of(info))
+        def newton() -> tuple[PyTree, jax.Array]:
+            return tree.where(met, s.w, tree.sub(s.w, e)), jnp.int32(0)
+
+        w, steps = lax.cond(lost, plain, newton)
+        spent = s.spent._replace(phi=s.spent.phi + 1 + steps, j=s.spent.j + effort)
         gain, left = jnp.maximum(s.gain, ratio(norm(e), size)), forcing * size
         gain, left = tree.where(lost | met, (s.gain, s.left), (gain, left))
-        return _Newton(w, s.w, size, ~lost, met, gain, left, spent)
+        return _Newton(w, s.w, size, ~lost, met, gain, left, effort, spent)
 
     false = jnp.asarray(False)
     infinite = jnp.full_like(norm(w), jnp.inf)
-    s = _Newton(w, w, infinite, false, false, jnp.zeros_like(infinite), infinite, spent)
+    zero = jnp.zeros_like(infinite)
+    s = _Newton(w, w, infinite, false, false, zero, infinite, jnp.int32(0), spent)
     s = lax.while_loop(unfinished, step, s)
     return s.w, s.gain, s.left, s.spent
 
