@@ -120,7 +120,7 @@ def from_lineax(solver: Any) -> LinearSolver:
             "make one, as in `lineax.GMRES(rtol=1e-6, atol=1e-6)`."
         )
 
-    inner = getattr(solver, "inner_solver", solver)
+    inner: Any = getattr(solver, "inner_solver", solver)
     iterative = hasattr(inner, "rtol")
 
     def solve(system: System) -> tuple[PyTree, SolveInfo]:
