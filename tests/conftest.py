@@ -1,6 +1,10 @@
-"""Double precision, no implicit promotion, eight simulated devices, fixed keys."""
+"""Double precision, no implicit promotion, eight simulated devices, fixed keys.
+
+Nothing here is timed, and most of the time goes into compiling: LLVM optimises little.
+"""
 
 import os
+from collections.abc import Iterator
 
 # Read when the first JAX backend starts, hence before anything that computes.
 _FLAGS = os.environ.get("XLA_FLAGS", "")
@@ -12,10 +16,18 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_one_file_at_a_time() -> Iterator[None]:
+    """What one file has compiled goes with it: a worker would grow to some gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -34,6 +35,14 @@ NEEDS = {
     "figure2": ("mnist",),
     "conv_eqm": ("mnist",),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _optimised() -> Iterator[None]:
+    """Programs that run for a while are compiled as users compile them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def is_here(dataset: str) -> bool:
