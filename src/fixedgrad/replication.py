@@ -13,7 +13,6 @@ import jax
 import jax.core
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.shard_alike import shard_alike
 
 from .packing import is_inexact
 from .types import MatVec, PyTree
@@ -146,9 +145,14 @@ def placed_like(tree: PyTree, like: PyTree) -> PyTree:
 
     A gradient that hardly depends on λ, or not at all, is else replicated, or on the default device.
     """
-    return jax.tree.map(
-        lambda x, y: shard_alike(x, y)[0] if isinstance(x, jax.Array) else x, tree, like
-    )
+
+    def placed(x: Any, y: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        never = (y != y) & (y == y)  # What XLA cannot know, so that x goes where y is.
+        return jnp.where(never, jnp.asarray(y, x.dtype), x)
+
+    return jax.tree.map(placed, tree, like)
 
 
 def casts(like: PyTree, axes: frozenset[str]) -> Casts:
