@@ -98,6 +98,7 @@ def method(task: Task, name: str, t: int, k: int) -> Method:
             lambda state, lam, *data: solve(read(state), lam, *data),
             fg.aid(fg.fp(num_steps=steps)),
             start=task.start,
+            on_failure="ignore",
         )
         return Method(hypergrad, fg.Momentum(task.w, task.w) if task.momentum else task.w, read)
     hypergrad = fg.hypergradient(
@@ -106,5 +107,6 @@ def method(task: Task, name: str, t: int, k: int) -> Method:
         lambda w, lam, *data: read(solve(w, lam, *data)),
         fg.itd() if kind == "itd" else fg.aid(fg.cg(num_steps=steps)),
         start=task.start,
+        on_failure="ignore",  # Few steps are asked for, however little they achieve.
     )
     return Method(hypergrad, task.w, lambda w: w)

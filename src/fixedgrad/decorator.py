@@ -94,8 +94,8 @@ def fixed_point(
     - Within a `vmap` with an `axis_name` Φ may hold collectives over that axis. The rule is then that
       of `forward(estimator)`.
     - On several devices, arrays that are sharded stay so, and so do their gradients. Within a
-      `shard_map` Φ may hold collectives; w is then replicated along their axes. Where every device has
-      a problem of its own, start it at `jnp.zeros_like(lam)`, so that w varies as λ does.
+      `shard_map` Φ may hold collectives, w replicated or spread along their axes; where it is spread,
+      norms and inner products are sums over these axes.
     - Under `vmap` a solve with a tolerance runs until its slowest element is done, the others waiting;
       `jax.lax.map(..., batch_size=...)` runs them one after another, or in chunks of like difficulty.
     - Products with Φ's Jacobians are taken at `jax.default_matmul_precision("highest")`, since the
@@ -109,10 +109,9 @@ def fixed_point(
 
     Assumed, not checked: that Φ has the fixed point which the solver approaches; a w that Φ moves by
     as much as w itself is seen (`NOT_FIXED`). Use `checked` or a tolerance in `picard` to have more
-    checked. Nor that Φ is a pure function: what it draws from
-    NumPy's or Python's random generators is drawn once, while it is traced, and is a constant of the
-    compiled program ever after (pass a key of `jax.random` as an argument); NumPy on a traced w is
-    an error of JAX.
+    checked. Nor that Φ is a pure function: what it draws from NumPy's or Python's random generators
+    is drawn once, while it is traced, and is a constant of the compiled program ever after (pass a key
+    of `jax.random` as an argument); NumPy on a traced w is an error of JAX.
 
     Cost: the solver's, and one Φ where that was not made for this Φ; for derivatives the
     estimator's.
