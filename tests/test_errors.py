@@ -641,6 +641,21 @@ COLLECTIVE_ROWS = [
         "from_lineax": fg.from_lineax(lineax.GMRES(1e-6, 1e-6)),
     }.items()
 ]
+COLLECTIVE_ROWS.append(
+    Row(
+        "certificate of a part",
+        TypeError,
+        "`certify` knows one w, but a collective of `phi` over 'i' couples it",
+        lambda: jax.vmap(
+            lambda lam: (
+                fg.certify(
+                    loss, lambda w, lam: 0.5 * jax.lax.pmean(w, "i") + lam, lam, None, lam
+                ).error
+            ),
+            axis_name="i",
+        )(jnp.ones((2, 3))),
+    )
+)
 
 
 BILEVEL_ROWS = [

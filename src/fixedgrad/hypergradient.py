@@ -17,6 +17,7 @@ from .packing import (
     check_arrays,
     check_phi,
     eval_shape,
+    fresh,
     owned,
     partition,
     split_lam,
@@ -268,7 +269,7 @@ def hypergradient(
 
         def packed_phi(w_x: PyTree, x: PyTree) -> PyTree:
             with jax.default_matmul_precision("highest"):
-                image = phi(join_w(w_x, w_rest), join_lam(x), *args, **kwargs)
+                image = fresh(phi)(join_w(w_x, w_rest), join_lam(x), *args, **kwargs)
             return partition(image)[0]
 
         w_x, (w_rest, lower, w), residuals = estimator.fwd(packed_phi, run, w0, x)

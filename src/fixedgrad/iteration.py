@@ -106,7 +106,7 @@ def iterate(
     max_steps: int,
     max_growth: float = jnp.inf,
 ) -> tuple[PyTree, PyTree, SolveInfo]:
-    """W ← Φ(w) until `measure(w, Φ(w))` is met, gets no further, or has grown by `max_growth`.
+    """Iterates w ← Φ(w) until `measure(w, Φ(w))` is met, gets no further, or grows by `max_growth`.
 
     Args:
         phi: Φ.

@@ -12,8 +12,9 @@ import optax
 
 from ..estimators import check_linear_solver
 from ..linear import gmres
-from ..packing import check_phi, eval_shape, partition, settled_lam, split_lam, started
+from ..packing import check_phi, eval_shape, fresh, partition, settled_lam, split_lam, started
 from ..printing import by_name
+from ..realify import Space
 from ..types import LinearSolver, Outer, Phi, PyTree, Scalar, check_callable, check_scalar, show
 
 tree = optax.tree
@@ -44,6 +45,7 @@ def pack(
     """Φ and E as functions of inexact leaves, checked."""
     check_callable(where, "outer", outer, "outer(w, lam, *args) -> scalar")
     check_callable(where, "phi", phi, "phi(w, lam, *args) -> w")
+    phi = fresh(phi)
     w = started(where, phi, w, (lam, *args), kwargs)
     lam = settled_lam(lam, w)
     x, join_lam, join_gradient = split_lam(where, lam)
@@ -55,6 +57,14 @@ def pack(
         with jax.default_matmul_precision("highest"):
             image = phi(join_w(w_x, w_rest), join_lam(x), *args, **kwargs)
         return partition(image)[0]
+
+    spread = Space.of_map(lambda w_x: packed_phi(w_x, x), w_x).together
+    if spread:
+        raise TypeError(
+            f"`{where}` knows one w, but a collective of `phi` over {', '.join(map(repr, spread))} "
+            "couples it to those of other devices or elements; call it outside of the `shard_map` or "
+            "`vmap`, on all of w."
+        )
 
     def packed_outer(w_x: PyTree, x: PyTree) -> jax.Array:
         return outer(join_w(w_x, w_rest), join_lam(x), *args, **kwargs)

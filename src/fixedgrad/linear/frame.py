@@ -89,7 +89,7 @@ class System(NamedTuple):
     def steps_status(self, residual: jax.Array, start: jax.Array, x: PyTree) -> jax.Array:
         """The status of exact steps that ended in x, by the residual norms there and at the start."""
         # As large as x = x₀ leaves it, but for rounding: these steps have led nowhere.
-        idle = (residual >= (1 - self.eps**0.5) * start) & (residual > self.floor(x))
+        idle = (residual >= (1 - rounding(self.eps)) * start) & (residual > self.floor(x))
         return status_where(idle, Status.NO_PROGRESS, Status.FIXED_STEPS)
 
     @property
