@@ -374,3 +374,14 @@ def test_the_recommended_tolerance_is_one_on_the_hypergradient():
             solve = fg.fixed_point(phi, alternative.estimator)(direct)
             g = jax.grad(lambda lam, s=solve: along(s(0 * ones, lam), lam))(ones)
             assert np.linalg.norm(g - exact) <= 1.01e-3 * np.linalg.norm(exact), alternative.name
+
+
+def test_a_map_that_draws_from_a_generator_is_named():
+    generator = np.random.default_rng(0)
+
+    def phi(w, lam):
+        return 0.5 * w + lam + 1e-9 * generator.normal()
+
+    solve = fg.fixed_point(phi, fg.aid(fg.dense()))(fg.picard(phi, num_steps=60))
+    found = fg.check_gradient(solve, lambda w, lam: w**2, phi, 0.0, 0.3)
+    assert any("does `phi` draw from a random generator?" in text for text in found.warnings)

@@ -14,7 +14,7 @@ from ..certificate.options import NO_KWARGS, check_kwargs
 from ..decorator import fixed_point
 from ..estimators import truncated_itd
 from ..lower.frame import distance
-from ..packing import check_arrays, check_concrete, partition, split_lam, strongly_typed
+from ..packing import check_arrays, check_concrete, fresh, partition, split_lam, strongly_typed
 from ..realify import inner, norm, resolution, steepest_ascent
 from ..types import Outer, Phi, PyTree, check_callable, check_same
 from .spectrum import solve_lower
@@ -130,7 +130,8 @@ def check_gradient(
 
     Where Φ(w) is not near w at the solver's result, Φ is not the map that the solver solves, or the
     solver stopped early. A warning says so, no answer from Φ counts as agreement, and the difference is
-    one of the solver's own results.
+    one of the solver's own results. Another warning tells where Φ is no function: called again, it
+    gives something else.
 
     Cost: some hundreds of products, and five runs of the solver; it compiles. Not under `jit`.
 
@@ -258,13 +259,19 @@ def check_gradient(
     reason = Reason(int(certificate.reason)).name
     invalid = "" if valid else f"the certificate is not valid: {reason}"
     early = f"ITD has not converged after {num_steps} steps" if bool(unsettled) else ""
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if not near:
         residual = float(certificate.residual_w)
         warnings = (
             f"phi(w) is not near w at the solver's result (|phi(w) - w| = {residual:.2g}, |w| = "
             f"{length:.2g}): is `phi` the residual F(w, lam)? Then Phi = w - F. Or did the solver "
             "stop early?",
+        )
+    first, second = (fresh(phi)(w, lam, *args, **data) for _ in range(2))
+    if float(distance(first, second)) > 0:
+        warnings += (
+            "phi(w) is another when it is called again with the same arguments: does `phi` draw from "
+            "a random generator? Compiled, it draws once; give it a key of `jax.random` instead.",
         )
     return GradientCheck(
         join_gradient(gradient),
