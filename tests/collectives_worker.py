@@ -4,9 +4,6 @@ It prints a line of JSON for each case. A wrong one may wait for ever, and takes
 """
 
 import json
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import jax
 import jax.numpy as jnp

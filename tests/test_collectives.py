@@ -1,6 +1,7 @@
 """A collective in Φ makes one system of what looks like one on each device or batch element."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,11 @@ SECONDS = 600  # Devices that leave a loop at different steps would wait for eac
 @pytest.fixture(scope="module")
 def answers() -> dict[str, list[float] | str]:
     command = [sys.executable, str(Path(collectives_worker.__file__))]
-    done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+    devices = f"--xla_force_host_platform_device_count={collectives_worker.DEVICES}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices}
+    done = subprocess.run(
+        command, capture_output=True, timeout=SECONDS, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     return dict(map(json.loads, done.stdout.splitlines()))
 
