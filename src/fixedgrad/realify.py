@@ -224,16 +224,13 @@ def _leaves(tree: PyTree) -> list[jax.Array]:
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
-def random_rounding(tree: PyTree, multiple: float) -> PyTree:
-    """The tree with each inexact entry moved by that multiple of its rounding, up or down at random."""
+def random_signs(tree: PyTree) -> PyTree:
+    """Entries of 1 and −1 at random, in the dtype of each leaf; the same ones every time."""
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
-
-    def moved(key: jax.Array, x: jax.Array) -> jax.Array:
-        x = jnp.asarray(x)
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return x
-        signs = jax.random.rademacher(key, x.shape, jnp.int8).astype(x.dtype)
-        return x + jnp.asarray(multiple * jnp.finfo(x.dtype).eps, x.dtype) * signs * x
-
-    return treedef.unflatten([moved(k, x) for k, x in zip(keys, leaves, strict=True)])
+    return treedef.unflatten(
+        [
+            jax.random.rademacher(k, x.shape, jnp.int32).astype(x.dtype)
+            for k, x in zip(keys, leaves, strict=True)
+        ]
+    )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..realify import inner, norm, resolution
+from ..realify import inner, norm, random_signs, resolution
 from ..types import LinearSolver, PyTree, Scalar, failed
 from .lagrangian import Packed, Products, lagrangian, ratio
 
@@ -292,7 +292,7 @@ def _repels(
         )
 
     # Of different lengths, so that they cannot cancel, as they might in one dimension.
-    start, _ = unit(tree.add_scale(unit(e_w)[0], 0.5, unit(_random_signs(e_w))[0]))
+    start, _ = unit(tree.add_scale(unit(e_w)[0], 0.5, unit(random_signs(e_w))[0]))
     zero, false = jnp.zeros((), dtype), jnp.asarray(False)
     s = _Lanczos(start, start, zero, zero, zero, jnp.int32(0), false, ~false, ~jnp.asarray(wanted))
     s = lax.while_loop(lambda s: ~s.done, step, s)
@@ -416,15 +416,4 @@ def single(packed: Packed, p: Pass, before: Seen) -> Refined:
 
 
 def _random_rounding(w: PyTree, eps: float) -> PyTree:
-    return jax.tree.map(lambda x, signs: 0.5 * eps * x * signs, w, _random_signs(w))
-
-
-def _random_signs(w: PyTree) -> PyTree:
-    leaves, treedef = jax.tree.flatten(w)
-    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
-    return treedef.unflatten(
-        [
-            jax.random.rademacher(k, x.shape, jnp.int32).astype(x.dtype)
-            for k, x in zip(keys, leaves, strict=True)
-        ]
-    )
+    return jax.tree.map(lambda x, signs: 0.5 * eps * x * signs, w, random_signs(w))

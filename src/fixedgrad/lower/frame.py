@@ -11,8 +11,8 @@ import optax
 
 from ..failure import enforce_value
 from ..iteration import Measured, joint_tolerance
-from ..packing import fresh, is_inexact, phi_hint, started
-from ..realify import Space, norm, random_rounding, realified, resolution
+from ..packing import fresh, is_inexact, partition, phi_hint, started
+from ..realify import Space, norm, random_signs, realified, resolution
 from ..types import (
     OnFailure,
     Phi,
@@ -134,7 +134,7 @@ class Lower(NamedTuple):
         multiple = np.where(eps < 1e-5, 8 * eps, 2 * eps).astype(scales.dtype)
         rounding = multiple * scales
         if nudged and len(after) > 1:
-            moved = to_real(_inexact(self.phi(random_rounding(w, 16))))
+            moved = to_real(_inexact(self.phi(_nudged(w))))
             rounding += self.space.entries(optax.tree.sub(moved, real))
         tolerance = joint_tolerance(stop, norm, scale, sizes, scales)
         largest = multiple.max(initial=0)
@@ -165,3 +165,12 @@ def distance(a: PyTree, b: PyTree) -> jax.Array:
 
 def _inexact(w: PyTree) -> list[jax.Array]:
     return [x for x in map(jnp.asarray, jax.tree.leaves(w)) if is_inexact(x)]
+
+
+def _nudged(w: PyTree) -> PyTree:
+    """`w` with each inexact entry moved by some of its last digits, up or down at random."""
+    x, rest, join = partition(jax.tree.map(jnp.asarray, w))
+    signs = random_signs(x)
+    return join(
+        jax.tree.map(lambda x, s: x + (16 * float(jnp.finfo(x.dtype).eps)) * s * x, x, signs), rest
+    )
