@@ -11,20 +11,20 @@ from types import ModuleType
 
 import jax
 
-NAMES = (
-    "quickstart",
-    "figure1",
-    "table1",
-    "memory",
-    "sparse_products",
-    "batching",
-    "figure2",
-    "conv_eqm",
-    "certificates",
-    "advice",
-    "benchmark",
-)
-"""The experiments, in reading order. Each is a module of this package with
+FOLDERS = {
+    "quickstart": "library",
+    "figure1": "paper",
+    "table1": "paper",
+    "memory": "paper",
+    "sparse_products": "library",
+    "batching": "library",
+    "figure2": "paper",
+    "conv_eqm": "paper",
+    "certificates": "library",
+    "advice": "library",
+    "benchmark": "library",
+}
+"""The experiments in reading order, and the folder of each. Each is a module with
 
 - a docstring whose first line is the claim that the experiment checks,
 - `FLOAT64`: whether it needs double precision,
@@ -47,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0].startswith("-"):
         return _list_experiments(arguments)
     name, rest = arguments[0], arguments[1:]
-    if name not in NAMES:
-        print(f"There is no experiment `{name}`; there are: {', '.join(NAMES)}.", file=sys.stderr)
+    if name not in FOLDERS:
+        print(f"There is no experiment `{name}`; there are: {', '.join(FOLDERS)}.", file=sys.stderr)
         return 2
     try:
-        module = importlib.import_module(f"experiments.{name}")
+        module = importlib.import_module(_module(name))
     except ModuleNotFoundError as error:
         print(
             f"`{name}` needs the package `{error.name}`: pip install -e '.[experiments]'.",
@@ -77,7 +77,7 @@ def _list_experiments(arguments: Sequence[str]) -> int:
         prog="python -m experiments",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Runs one experiment: python -m experiments NAME [options].",
-        epilog="\n".join(["experiments:", *(f"  {name:<16}{_claim(name)}" for name in NAMES)]),
+        epilog="\n".join(["experiments:", *(f"  {name:<16}{_claim(name)}" for name in FOLDERS)]),
     )
     parser.add_argument("NAME", nargs="?", help="which one; `NAME --help` shows its options")
     parser.parse_args(arguments)
@@ -85,9 +85,13 @@ def _list_experiments(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _module(name: str) -> str:
+    return f"experiments.{FOLDERS[name]}.{name}"
+
+
 def _claim(name: str) -> str:
     """The first line of a module's docstring, without importing it."""
-    spec = importlib.util.find_spec(f"experiments.{name}")
+    spec = importlib.util.find_spec(_module(name))
     if spec is None or spec.origin is None:
         return "(missing)"
     docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from experiments import data, sparse
+from experiments.problems import data, sparse
 
 datasets = pytest.importorskip("sklearn.datasets")
 

@@ -22,8 +22,9 @@ pytest.importorskip("tqdm")
 
 from sklearn import datasets
 
-from experiments import convergence, data, report
-from experiments.__main__ import NAMES, main
+from experiments.__main__ import FOLDERS, main
+from experiments.problems import data
+from experiments.tools import convergence, report
 
 # What makes an experiment smaller still than `--quick` does.
 SMALLER = {"figure1": ["--settings", "lr", "br"], "table1": ["--methods", "itd", "cg_k"]}
@@ -82,7 +83,7 @@ def offline(monkeypatch):
     monkeypatch.setattr(datasets, "fetch_20newsgroups", refuse)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.usefixtures("offline")
 def test_quick_run_keeps_its_claims_and_writes_its_results(name, tmp_path, capsys):
     record = run(name, tmp_path)
@@ -207,7 +208,7 @@ def test_an_unknown_method_is_refused(problem_of_two_maps):
 def test_without_a_name_the_experiments_are_listed_with_their_claims(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in NAMES)
+    assert all(name in printed for name in FOLDERS)
     assert "CG errs less than FP" in printed
 
 

@@ -15,7 +15,7 @@ import hashlib, sys, time
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, optax
 import fixedgrad as fg
-from experiments.checkpointing import long_run
+from experiments.tools.checkpointing import long_run
 
 x = jax.random.normal(jax.random.key(0), (40, 8))
 y = x @ jnp.arange(8.0) + jax.random.normal(jax.random.key(1), (40,))

@@ -20,10 +20,12 @@ import optax
 
 import fixedgrad as fg
 
-from . import fashion, news20, parkinson, report
-from .checkpointing import LongRun, long_run, run_directory
-from .methods import Method, Task, method
-from .paper import PAPER
+from ..problems import fashion, news20, parkinson
+from ..problems.task import Task
+from ..tools import report
+from ..tools.checkpointing import LongRun, long_run, run_directory
+from .methods import Method, method
+from .published import PAPER
 
 FLOAT64 = False  # Parkinson switches it on for itself.
 

@@ -1,7 +1,7 @@
 """Hypergradient errors fall linearly in t; CG k = t errs least, then FP k = t, then ITD.
 
 Figure 1 of the paper: ‖g(λ) − ∇f(λ)‖ against the number t of lower-level iterations, mean and standard
-deviation over λ drawn uniformly, in four settings on synthetic data (`problems.py` has the formulas).
+deviation over λ drawn uniformly, in the four synthetic settings of `problems/synthetic.py`.
 What the paper leaves open (sizes, ranges of λ, noise, β) is ours. Thin lines are the bounds of
 Theorem 2.1 (ITD) and Theorem 2.4 (FP k = t), drawn where their constants are known: for gradient
 descent, since heavy ball is not a contraction in the Euclidean norm.
@@ -21,9 +21,10 @@ import optax
 
 import fixedgrad as fg
 
-from . import problems, report
-from .convergence import Grid, errors, hypergradients, iterates
-from .problems import Curvature, Setting, Sizes, problem, rate
+from ..problems import synthetic
+from ..problems.synthetic import Curvature, Setting, Sizes, problem, rate
+from ..tools import report
+from ..tools.convergence import Grid, errors, hypergradients, iterates
 
 FLOAT64 = True
 
@@ -108,17 +109,17 @@ def make(name: str, options: argparse.Namespace) -> tuple[Setting, Grid]:
 
     match name:
         case "lr":
-            return problems.logistic_regression(key, sizes(50, 100)), grid(1250)
+            return synthetic.logistic_regression(key, sizes(50, 100)), grid(1250)
         case "krr":
-            return problems.kernel_ridge_regression(key, sizes(50, 50)), grid(200)
+            return synthetic.kernel_ridge_regression(key, sizes(50, 50)), grid(200)
         case "br":
-            return problems.biased_regularization(key, sizes(50, 100)), grid(150)
+            return synthetic.biased_regularization(key, sizes(50, 100)), grid(150)
         case "hr":
             d = 15 if options.quick else 200
-            return problems.hyper_representation(key, sizes(50, 100), d), grid(500)
+            return synthetic.hyper_representation(key, sizes(50, 100), d), grid(500)
         case "hr_narrow":
             d = 6 if options.quick else 40
-            narrow = problems.hyper_representation(key, sizes(100, 50), d)
+            narrow = synthetic.hyper_representation(key, sizes(100, 50), d)
             title = f"{narrow.title}, d = {d}"
             return narrow._replace(title=title, short="HR, d < p"), grid(500)
     raise ValueError(f"There is no setting {name!r}.")

@@ -16,9 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import report
-from .checkpointing import LongRun
-from .equilibrium import KEYS, VARIANTS, Model, Trainer, Variant, clip_singular_values, images
+from ..problems.equilibrium import (
+    KEYS,
+    VARIANTS,
+    Model,
+    Trainer,
+    Variant,
+    clip_singular_values,
+    images,
+)
+from ..tools import report
+from ..tools.checkpointing import LongRun
 
 FLOAT64 = False
 

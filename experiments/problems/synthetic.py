@@ -25,7 +25,7 @@ from jax import lax
 
 import fixedgrad as fg
 
-from .convergence import Problem
+from ..tools.convergence import Problem
 
 PyTree = Any
 

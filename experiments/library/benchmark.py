@@ -26,7 +26,7 @@ from jax import lax
 
 import fixedgrad as fg
 
-from . import report
+from ..tools import report
 
 FLOAT64 = True
 

@@ -19,7 +19,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 import fixedgrad as fg
 
-from . import families, problems, report
+from ..problems import families, synthetic
+from ..tools import report
 
 FLOAT64 = True
 _USABLE = 1e-2  # The relative error up to which an estimator counts.
@@ -85,10 +86,10 @@ def main(options: argparse.Namespace) -> int:
 def _problems(options: argparse.Namespace) -> Any:
     key, scale = jax.random.key(options.seed), 4 if options.full else 1
     settings = (
-        problems.logistic_regression(key, problems.Sizes(100 * scale, 50 * scale)),
-        problems.kernel_ridge_regression(key, problems.Sizes(40 * scale, 10)),
-        problems.biased_regularization(key, problems.Sizes(100 * scale, 50 * scale)),
-        problems.hyper_representation(key, problems.Sizes(100 * scale, 40), 20),
+        synthetic.logistic_regression(key, synthetic.Sizes(100 * scale, 50 * scale)),
+        synthetic.kernel_ridge_regression(key, synthetic.Sizes(40 * scale, 10)),
+        synthetic.biased_regularization(key, synthetic.Sizes(100 * scale, 50 * scale)),
+        synthetic.hyper_representation(key, synthetic.Sizes(100 * scale, 40), 20),
     )
     for setting in settings[2:3] if options.quick else settings:
         lam = setting.sample(jax.random.fold_in(key, 1))

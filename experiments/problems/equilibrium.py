@@ -11,8 +11,8 @@ import optax
 
 import fixedgrad as fg
 
+from ..tools.checkpointing import LongRun, long_run, run_directory
 from . import data
-from .checkpointing import LongRun, long_run, run_directory
 
 PyTree = Any
 

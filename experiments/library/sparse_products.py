@@ -22,7 +22,8 @@ import numpy as np
 import scipy.sparse
 from jax.experimental.sparse import BCOO
 
-from . import data, report, sparse
+from ..problems import data, sparse
+from ..tools import report
 
 FLOAT64 = False
 

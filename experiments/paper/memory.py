@@ -14,8 +14,10 @@ import optax
 
 import fixedgrad as fg
 
-from . import news20, report
-from .methods import Task, method
+from ..problems import news20
+from ..problems.task import Task
+from ..tools import report
+from .methods import method
 
 FLOAT64 = False
 

@@ -28,8 +28,9 @@ from jax.flatten_util import ravel_pytree
 
 import fixedgrad as fg
 
-from . import families, problems, report
-from .families import FAMILIES, Family
+from ..problems import families, synthetic
+from ..problems.families import FAMILIES, Family
+from ..tools import report
 
 FLOAT64 = True
 PyTree = Any
@@ -153,7 +154,7 @@ def measure(family: Family, keys: jax.Array, dtype: str) -> dict[str, np.ndarray
                 "ratio": c.error.astype(float) / size / plain,
                 "polished": polished / plain,
                 "valid": c.valid,
-                "reason": c.reason,
+                "reason": c.status,
                 # One linearisation and one product with Bᵀ besides the solve.
                 "cost": products / (linear + lower.num_steps.astype(float)),
                 "cost_linear": products / linear,
@@ -187,7 +188,9 @@ def summary(family: Family, found: dict[str, np.ndarray], dtype: str) -> dict[st
         "polished": _percentiles(found["polished"][valid], (50, 95)),
         "cost": _percentiles(found["cost"][usable], (50, 95)),
         "cost_linear": _percentiles(found["cost_linear"][usable], (50, 95)),
-        "reasons": {fg.Reason(int(r)).name: int(n) for r, n in zip(reasons, counts, strict=True)},
+        "reasons": {
+            fg.CertificateStatus(int(r)).name: int(n) for r, n in zip(reasons, counts, strict=True)
+        },
     }
 
 
@@ -296,8 +299,8 @@ def _bounds_quadratic(key: jax.Array, rows: int) -> dict[str, list[float]]:
 
 
 def _bounds_logistic(key: jax.Array) -> dict[str, list[float]]:
-    """The paper's LR with the constants of `problems.py`."""
-    setting = problems.logistic_regression(key, problems.Sizes(30, 40))
+    """The paper's LR with the constants of `problems/synthetic.py`."""
+    setting = synthetic.logistic_regression(key, synthetic.Sizes(30, 40))
     lam = setting.sample(jax.random.fold_in(key, 1))
     step, _ = fg.optimal_step_size(*setting.curvature(lam))
     descent = fg.gradient_descent(setting.loss, step_size=step)

@@ -10,7 +10,7 @@ import optax
 import fixedgrad as fg
 
 from . import data
-from .methods import Task
+from .task import Task
 
 CLASSES = 10
 FEATURES = 784

@@ -9,7 +9,7 @@ import numpy as np
 import fixedgrad as fg
 
 from . import data
-from .methods import Task
+from .task import Task
 
 
 class KernelRidge(NamedTuple):

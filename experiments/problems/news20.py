@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 import fixedgrad as fg
 
 from . import data, sparse
-from .methods import Task, warm_lower
+from .task import PAPER_START, Task
 
 CLASSES = 20
 
@@ -53,7 +53,7 @@ def task(*, seed: int, split: str = "by-date", num_documents: int | None = None)
         outer=_outer,
         accuracy=_accuracy,
         exact=_exact,
-        start=warm_lower(),
+        start=PAPER_START,
         settings={
             "seed": seed,
             "split": split,

@@ -17,7 +17,7 @@ import numpy as np
 
 import fixedgrad as fg
 
-from . import report
+from ..tools import report
 
 FLOAT64 = True
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import fixedgrad as fg
 
-from . import convergence, report
+from ..tools import convergence, report
 
 FLOAT64 = True
 

@@ -1,0 +1,1 @@
+"""What the library claims of itself beside the paper."""

@@ -1,0 +1,1 @@
+"""The bilevel problems and their data."""

@@ -1,0 +1,1 @@
+"""What experiments share: reports, checkpoints, errors of hypergradients."""
