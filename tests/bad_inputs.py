@@ -275,9 +275,9 @@ BAD_INPUTS = (
     ),
     BadInput(
         "a checked solver with another default",
-        lambda: fg.checked(lambda w0, lam, *, scale=3.0: w0, _scaled)(W, LAM),
+        lambda: fg.with_tolerance(lambda w0, lam, *, scale=3.0: w0, _scaled)(W, LAM),
         TypeError,
-        ("`checked`: the parameter `scale`", "make the defaults equal"),
+        ("`with_tolerance`: the parameter `scale`", "make the defaults equal"),
     ),
     BadInput(
         "a method decorated in its class",
@@ -515,9 +515,9 @@ BAD_INPUTS = (
     ),
     BadInput(
         "a negative absolute tolerance",
-        lambda: fg.checked(PICARD, phi, atol=-1.0),
+        lambda: fg.with_tolerance(PICARD, phi, atol=-1.0),
         ValueError,
-        ("`atol` of `checked`", "got -1.0", "finite number >= 0"),
+        ("`atol` of `with_tolerance`", "got -1.0", "finite number >= 0"),
     ),
     BadInput(
         "an infinite absolute tolerance",
@@ -581,10 +581,10 @@ BAD_INPUTS = (
         ("`w0`: float64[3]", "`phi(w, ...)`: float64[1]", "agree"),
     ),
     BadInput(
-        "no phi for checked",
-        lambda: fg.checked(PICARD, None, rtol=1e-3),  # pyright: ignore
+        "no phi for with_tolerance",
+        lambda: fg.with_tolerance(PICARD, None, rtol=1e-3),  # pyright: ignore
         TypeError,
-        ("`phi` of `checked`", "got None", "phi(w, *args) -> w"),
+        ("`phi` of `with_tolerance`", "got None", "phi(w, *args) -> w"),
     ),
     BadInput(
         "no function for from_host",

@@ -326,8 +326,10 @@ def test_a_map_that_overwrites_its_arguments_is_the_map_that_does_not(make: Any)
     _, info = solver.with_info(w0, {"a": jnp.ones(())})
     _, want = make(pure).with_info(w0, {"a": jnp.ones(())})
     assert jax.tree.map(float, info) == jax.tree.map(float, want)
-    checked = fg.checked(solver, _overwriting, rtol=1e-9)
-    assert not bool(fg.checked(lambda w0, lam: w0, _overwriting).with_info(w0, {"a": 1.0})[1][2])
+    checked = fg.with_tolerance(solver, _overwriting, rtol=1e-9)
+    assert not bool(
+        fg.with_tolerance(lambda w0, lam: w0, _overwriting).with_info(w0, {"a": 1.0})[1][2]
+    )
     solve = fg.fixed_point(_overwriting, fg.aid(fg.dense()))(checked)
     np.testing.assert_allclose(
         jax.grad(lambda lam: solve(w0, {"a": lam})["a"] ** 2)(1.0), 200.0, rtol=1e-9
@@ -370,12 +372,12 @@ def _named_data(w: jax.Array, lam: jax.Array, **data: jax.Array) -> jax.Array:
     [
         fg.picard(_named_data, num_steps=50),
         fg.anderson(_named_data, max_steps=9, rtol=1e-9),
-        fg.checked(
+        fg.with_tolerance(
             lambda start, lam, **data: 0 * start + 2 * lam * sum(data.values()), _named_data
         ),
         fg.from_host(lambda start, lam, **data: 0 * start + 2 * lam * sum(data.values())),
     ],
-    ids=["picard", "anderson", "checked", "host"],
+    ids=["picard", "anderson", "with_tolerance", "host"],
 )
 def test_data_may_have_any_name(solver: Any) -> None:
     data = dict.fromkeys(NAMES, jnp.asarray(1 / len(NAMES)))

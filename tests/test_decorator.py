@@ -468,8 +468,8 @@ def total(solve, lam=ROOT.lam):
 
 @EACH
 def test_unconverged_lower_level_gives_nan_and_a_nan_gradient(estimator):
-    unrolled = fg.checked(fg.picard(ROOT.phi, num_steps=3), ROOT.phi, rtol=1e-12)
-    solver = unrolled if estimator.mode == "unroll" else SHORT
+    unrolled = fg.with_tolerance(fg.picard(ROOT.phi, num_steps=3), ROOT.phi, rtol=1e-12)
+    solver = unrolled if isinstance(estimator, fg.Unrolled) else SHORT
     solve = fg.fixed_point(ROOT.phi, estimator)(solver)
     assert jnp.all(jnp.isnan(jax.grad(lambda lam: total(solve, lam))(ROOT.lam)))
     assert jnp.isnan(total(solve))
@@ -477,8 +477,8 @@ def test_unconverged_lower_level_gives_nan_and_a_nan_gradient(estimator):
 
 @EACH
 def test_converged_lower_level_gives_a_finite_gradient(estimator):
-    unrolled = fg.checked(fg.picard(ROOT.phi, num_steps=70), ROOT.phi, rtol=1e-12)
-    solver = unrolled if estimator.mode == "unroll" else LONG
+    unrolled = fg.with_tolerance(fg.picard(ROOT.phi, num_steps=70), ROOT.phi, rtol=1e-12)
+    solver = unrolled if isinstance(estimator, fg.Unrolled) else LONG
     solve = fg.fixed_point(ROOT.phi, estimator)(solver)
     assert_close(jax.grad(lambda lam: total(solve, lam))(ROOT.lam), SLOPES, 1e-10)
 

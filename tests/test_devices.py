@@ -128,9 +128,9 @@ def test_sharded_data_under_itd_costs_one_all_reduce_a_product(on_one_device):
 # With w sharded, all-reduces in each step: the product's own, and one for each group of inner
 # products. Then those outside the loops, once: products, norms and the verdict.
 WITH_W_SHARDED = {
-    "fp": (fg.fp(num_steps=60), 1, 6),
-    "cg": (fg.cg(num_steps=8), 3, 6),
-    "normal_cg": (fg.normal_cg(num_steps=16), 4, 7),  # One more for the system's other side, Aᵀb.
+    "fp": (fg.fp(num_steps=60), 1, 5),
+    "cg": (fg.cg(num_steps=8), 3, 5),
+    "normal_cg": (fg.normal_cg(num_steps=16), 4, 6),  # One more for the system's other side, Aᵀb.
 }
 
 

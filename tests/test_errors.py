@@ -163,8 +163,8 @@ NOT_CALLABLE = {
     ("damped", "phi"): lambda: fg.damped(3, damping=0.5),
     ("picard", "phi"): lambda: fg.picard(3, num_steps=2),
     ("anderson", "phi"): lambda: fg.anderson(3, num_steps=2),
-    ("checked", "solver"): lambda: fg.checked(3, half),
-    ("checked", "phi"): lambda: fg.checked(half, 3),
+    ("with_tolerance", "solver"): lambda: fg.with_tolerance(3, half),
+    ("with_tolerance", "phi"): lambda: fg.with_tolerance(half, 3),
     ("from_host", "function"): lambda: fg.from_host(3),
     ("from_optax", "loss"): lambda: fg.from_optax(3, optax.sgd(0.1), num_steps=2),
     ("aid", "linear_solver"): lambda: fg.aid(3),
@@ -282,7 +282,7 @@ POLICY_ROWS = [
     for where, call in {
         "picard": lambda: fg.picard(half, num_steps=2, on_failure="skip"),
         "anderson": lambda: fg.anderson(half, num_steps=2, on_failure="skip"),
-        "checked": lambda: fg.checked(half, half, on_failure="skip"),
+        "with_tolerance": lambda: fg.with_tolerance(half, half, on_failure="skip"),
         "fixed_point": lambda: fg.fixed_point(half, AID, on_failure="skip"),
         "hypergradient": lambda: fg.hypergradient(loss, half, half, AID, on_failure="skip"),
     }.items()
@@ -347,7 +347,9 @@ STRUCTURE_ROWS = [
         for where, use in {
             "picard": lambda phi: fg.picard(phi, num_steps=2)(ONES, ONES),
             "anderson": lambda phi: fg.anderson(phi, num_steps=2)(ONES, ONES),
-            "checked": lambda phi: fg.checked(lambda w0, lam: w0 + 0.0 * lam, phi)(ONES, ONES),
+            "with_tolerance": lambda phi: fg.with_tolerance(lambda w0, lam: w0 + 0.0 * lam, phi)(
+                ONES, ONES
+            ),
             "fixed_point": lambda phi: decorated(phi)(ONES, ONES),
             "hypergradient": lambda phi: fg.hypergradient(
                 loss, phi, lambda w0, lam: w0 + 0.0 * lam, AID

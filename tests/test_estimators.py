@@ -112,7 +112,9 @@ def test_gradient_without_an_outer_jit_equals_that_of_the_closed_form(problem, r
     assert_close(gradient, problem.gradient(), tolerance(problem, row))
 
 
-FORWARD = [row for row in ESTIMATORS if row.estimator.mode != "reverse"]
+FORWARD = [
+    row for row in ESTIMATORS if isinstance(row.estimator, fg.Unrolled) or row.estimator.every_mode
+]
 FORWARD_PROBLEMS = ("pytree", "complex non-holomorphic")
 
 

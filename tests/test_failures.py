@@ -158,7 +158,7 @@ def test_each_failure_has_its_code_readable_under_jit_and_vmap(case: Case) -> No
     def direct(w0: jax.Array, lam: jax.Array) -> jax.Array:
         return jnp.linalg.solve(jnp.eye(w0.size) - case.m, lam)
 
-    solver = fg.checked(direct, affine, rtol=1e-9)
+    solver = fg.with_tolerance(direct, affine, rtol=1e-9)
     outer = lambda w, _: jnp.vdot(np.array([1.0, 2.0]), w)  # noqa: E731
     hypergrad = fg.hypergradient(outer, affine, solver, fg.aid(case.linear_solver))
     state = hypergrad.init(np.zeros(2), np.ones(2))
@@ -191,7 +191,7 @@ def test_a_non_finite_result_of_exact_steps_stays_non_finite(estimator: fg.Estim
 
 @pytest.mark.parametrize("mode", [jax.jacrev, jax.jacfwd])
 def test_itd_through_a_solve_that_missed_its_tolerance_is_nan(mode: Any) -> None:
-    solver = fg.checked(lambda w0, lam: phi(phi(w0, lam), lam), phi, rtol=1e-9)
+    solver = fg.with_tolerance(lambda w0, lam: phi(phi(w0, lam), lam), phi, rtol=1e-9)
     for on_failure, lost in (("nan", True), ("ignore", False)):
         solve = fg.fixed_point(phi, fg.itd(), on_failure=on_failure)(solver)
         got = mode(lambda lam, solve=solve: solve(0.0, lam))(0.5)
@@ -281,6 +281,15 @@ def test_a_solution_that_is_zero_is_a_fixed_point(w0: float) -> None:
 
     solve = fg.fixed_point(phi, fg.aid(fg.dense()))(fg.picard(phi, num_steps=700))
     assert float(jax.grad(lambda lam: solve(w0, lam))(0.0)) == pytest.approx(1 / 1.95)
+
+
+@pytest.mark.parametrize(("slope", "num_steps"), [(-0.5, 20), (-0.9, 60)])
+def test_a_solution_that_is_zero_is_a_fixed_point_for_a_loop_of_one_s_own(slope, num_steps) -> None:
+    phi = lambda w, lam: slope * w + lam  # noqa: E731
+    loop = lambda w0, lam: jax.lax.fori_loop(0, num_steps, lambda _, w: phi(w, lam), w0)  # noqa: E731
+    solve = fg.fixed_point(phi, fg.aid(fg.dense()))(loop)
+    got = jax.grad(lambda lam: solve(jnp.asarray(1.0), lam))(jnp.asarray(0.0))
+    assert float(got) == pytest.approx(1 / (1 - slope))
 
 
 def test_few_steps_from_far_away_are_still_differentiated() -> None:

@@ -26,7 +26,11 @@ from problems import (
 
 EPS = float(jnp.finfo(jnp.float64).eps)
 ROOT = PROBLEM["square root"]
-STARTS = pytest.mark.parametrize("start", [fg.cold(), fg.warm()], ids=["cold", "warm"])
+STARTS = pytest.mark.parametrize(
+    "start",
+    [fg.cold(), fg.warm(), fg.separately(w=fg.warm(), v=fg.cold())],
+    ids=["cold", "warm", "w warm, v cold"],
+)
 
 
 def explicit(problem, estimator, solver=None, **settings):
@@ -318,6 +322,13 @@ def test_warm_start_needs_hardly_any_steps_where_lam_hardly_moved():
 def test_cold_start_forgets():
     first, second = steps_of_two_updates(fg.cold(), 1.0)
     assert first == second
+
+
+def test_w_can_start_warm_and_v_cold():
+    paper = fg.separately(w=fg.warm(), v=fg.cold())
+    cold, warm, both = (steps_of_two_updates(start, 1.0) for start in (fg.cold(), fg.warm(), paper))
+    assert both[0] == cold[0]
+    assert both[1] == (warm[1][0], cold[1][1])
 
 
 def test_warm_start_with_exact_steps_comes_closer_with_every_update():

@@ -267,6 +267,23 @@ def test_singular_systems_are_reported(name, m):
     assert not bool(info.converged)
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("size", [3, 40])
+def test_a_direct_solve_finds_a_singular_matrix_though_b_lies_in_its_range(size, dtype):
+    rng = np.random.default_rng(size)
+    a = rng.normal(size=(size, size))
+    a[:, 0] = a[:, 1:] @ rng.normal(size=size - 1)
+    m, b = jnp.asarray(np.eye(size) - a, dtype), jnp.asarray(a @ rng.normal(size=size), dtype)
+    _, info = fg.dense()(lambda u: m @ u, b)
+    assert int(info.status) == Status.SINGULAR
+    # Ill-conditioned is not singular.
+    q = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    a = q * np.geomspace(1.0, 1e-4 if dtype == np.float32 else 1e-11, size) @ q.T
+    m = jnp.asarray(np.eye(size) - a, dtype)
+    _, info = fg.dense()(lambda u: m @ u, jnp.asarray(a @ rng.normal(size=size), dtype))
+    assert int(info.status) == Status.CONVERGED
+
+
 @pytest.mark.parametrize("name", ["fp rtol", "bicgstab rtol", "lineax"])
 def test_solvers_that_cannot_tell_singular_systems_still_do_not_call_them_solved(name):
     _, info = run(LINEAR[name].solver, with_eigenvalues(1.0, 0.4, 0.2, -0.3))

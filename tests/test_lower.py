@@ -324,22 +324,22 @@ def test_failed_solution_keeps_its_integers():
 
 
 def test_checked_accepts_a_good_solution_and_rejects_a_bad_one():
-    good = fg.checked(lambda w0, lam: jnp.sqrt(lam) + 0.0 * w0, ROOT.phi, rtol=1e-10)
+    good = fg.with_tolerance(lambda w0, lam: jnp.sqrt(lam) + 0.0 * w0, ROOT.phi, rtol=1e-10)
     w, info = good.with_info(ROOT.w0, ROOT.lam)
     assert (int(info.status), int(info.num_steps)) == (Status.CONVERGED, 0)
     np.testing.assert_array_equal(good(ROOT.w0, ROOT.lam), w)
-    bad = fg.checked(lambda w0, lam: jnp.sqrt(lam) + 0.01 * w0, ROOT.phi, rtol=1e-10)
+    bad = fg.with_tolerance(lambda w0, lam: jnp.sqrt(lam) + 0.01 * w0, ROOT.phi, rtol=1e-10)
     w, info = bad.with_info(ROOT.w0, ROOT.lam)
     assert int(info.status) == Status.MAX_STEPS
     np.testing.assert_allclose(info.residual, distance(ROOT.phi, w, ROOT.lam), rtol=1e-12)
     assert jnp.all(jnp.isnan(bad(ROOT.w0, ROOT.lam)))
-    lenient = fg.checked(lambda w0, lam: jnp.sqrt(lam) + 0.01 * w0, ROOT.phi, atol=1.0)
+    lenient = fg.with_tolerance(lambda w0, lam: jnp.sqrt(lam) + 0.01 * w0, ROOT.phi, atol=1.0)
     assert bool(lenient.with_info(ROOT.w0, ROOT.lam)[1].converged)
 
 
 @pytest.mark.parametrize("error", [0.0, 1e-3])
 def test_checked_solver_guards_the_gradient_of_the_decorator(error):
-    solver = fg.checked(lambda _, lam: jnp.sqrt(lam) + error, ROOT.phi, rtol=1e-8)
+    solver = fg.with_tolerance(lambda _, lam: jnp.sqrt(lam) + error, ROOT.phi, rtol=1e-8)
     solve = fg.fixed_point(ROOT.phi, fg.aid(fg.dense()))(solver)
     gradient = jax.grad(lambda lam: jnp.sum(solve(ROOT.w0, lam)))(ROOT.lam)
     if error:
@@ -482,8 +482,33 @@ def test_a_small_leaf_is_solved_beside_a_large_one(make, dtype):
     w, info = make(phi, max_steps=500, rtol=1e-5).with_info(w0, lam)
     assert int(info.status) == Status.CONVERGED
     np.testing.assert_allclose(w["b"], 1e-3, rtol=2e-4)
-    stuck = fg.checked(lambda w0, _: w0, phi, rtol=1e-5)
+    stuck = fg.with_tolerance(lambda w0, _: w0, phi, rtol=1e-5)
     assert int(stuck.with_info(w0, lam)[1].status) == Status.MAX_STEPS
+
+
+@pytest.mark.parametrize("make", [fg.picard, fg.anderson], ids=["picard", "anderson"])
+def test_a_leaf_whose_solution_is_zero_meets_a_relative_tolerance(make):
+    def phi(w, lam):
+        return {"a": -0.9 * w["a"], "b": 0.5 * w["b"] + lam}
+
+    w0 = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    w, info = make(phi, max_steps=900, rtol=1e-9).with_info(w0, 1.0)
+    assert int(info.status) == Status.CONVERGED
+    assert float(jnp.max(jnp.abs(w["a"]))) < 1e-20
+    np.testing.assert_allclose(w["b"], 2.0, rtol=1e-8)
+
+
+def test_anderson_is_fast_at_both_precisions():
+    # Ill-conditioned: 1/(1 − q) = 2000, for which Φ alone takes thousands of steps.
+    curvature = np.geomspace(1.0, 1961.0, 40)
+
+    def steps(dtype):
+        loss = lambda w, lam: 0.5 * jnp.sum(jnp.asarray(curvature, dtype) * (w - lam) ** 2)  # noqa: E731
+        phi = fg.gradient_descent(loss, step_size=1 / 1961.0)
+        solver = fg.anderson(phi, max_steps=2000, rtol=1e-6)
+        return int(solver.with_info(jnp.zeros(40, dtype), jnp.ones(40, dtype))[1].num_steps)
+
+    assert max(steps(jnp.float64), steps(jnp.float32)) < 700
 
 
 def test_a_leaf_that_is_zero_but_for_rounding_is_no_failure():
@@ -495,7 +520,9 @@ def test_a_leaf_that_is_zero_but_for_rounding_is_no_failure():
     _, info = fg.picard(phi, max_steps=500, rtol=1e-8).with_info(w0, lam)
     assert bool(info.converged)
     near = {"a": 2.0 * lam * (1 + EPS), "b": jnp.asarray(1e-17)}
-    assert bool(fg.checked(lambda w0, _: w0, phi, rtol=1e-8).with_info(near, lam)[1].converged)
+    assert bool(
+        fg.with_tolerance(lambda w0, _: w0, phi, rtol=1e-8).with_info(near, lam)[1].converged
+    )
 
 
 def test_a_float32_intercept_does_not_hide_the_weights():

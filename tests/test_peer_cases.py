@@ -98,7 +98,7 @@ def test_03_a_forward_solve_that_did_not_converge_is_not_differentiated() -> Non
         return jax.lax.fori_loop(0, 3, lambda _, x: phi(x, theta), x)
 
     own = fg.picard(phi, max_steps=3, rtol=1e-6)
-    for solver in (own, fg.checked(three_steps, phi, rtol=1e-6)):
+    for solver in (own, fg.with_tolerance(three_steps, phi, rtol=1e-6)):
         solve = solve_by(AID, solver)
         assert jnp.isnan(jax.grad(lambda t, solve=solve: squared(solve(t)))(THETA))
         lower = hypergradient_info(AID, solver).lower

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import fixedgrad as fg
-from fixedgrad import Reason, Status, StopReason
+from fixedgrad import CertificateStatus, Status, StopReason
 
 
 def phi(w, lam):
@@ -145,7 +145,7 @@ def test_a_certificate_prints_its_error_and_its_verdict():
     c = fg.certify(outer, phi, jnp.ones(2), None, jnp.ones(2))
     c = c._replace(relative_error=jnp.asarray(7e-5))
     assert repr(c) == "Certificate(relative error 7e-05, valid)"
-    far = c._replace(valid=jnp.asarray(False), reason=jnp.int32(Reason.FAR))
+    far = c._replace(valid=jnp.asarray(False), status=jnp.int32(CertificateStatus.FAR))
     assert repr(far) == "Certificate(relative error 7e-05, FAR)"
     assert repr(c._replace(level=jnp.int32(1))) == "Certificate(relative error <= 7e-05, valid)"
     both = jax.tree.map(lambda *x: jnp.stack(x), c, far, far)

@@ -62,7 +62,7 @@ def updated(name: str) -> Any:
         del w0, c
         return jnp.linalg.solve(jnp.eye(SIZE) - m, lam)
 
-    solver = fg.checked(direct, phi, rtol=1e-6)
+    solver = fg.with_tolerance(direct, phi, rtol=1e-6)
     hypergrad = fg.hypergradient(outer, phi, solver, fg.aid(LINEAR_SOLVERS[name]))
 
     @jax.jit

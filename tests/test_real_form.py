@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import fixedgrad as fg
-from fixedgrad import realify
+from fixedgrad import real_form
 from problems import LINEAR, PROBLEM, assert_close, named
 
 MIXED = {"a": jnp.ones((2, 3), jnp.float32), "b": jnp.asarray([1 + 2j]), "c": jnp.asarray(3.0)}
@@ -14,11 +14,11 @@ MIXED = {"a": jnp.ones((2, 3), jnp.float32), "b": jnp.asarray([1 + 2j]), "c": jn
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert realify.joined(MIXED)
+    assert real_form.joined(MIXED)
 
 
 def test_a_vector_holds_all_leaves_and_gives_them_back():
-    to_real, from_real = realify.realified(MIXED)
+    to_real, from_real = real_form.realified(MIXED)
     (vector,) = to_real(MIXED)
     assert vector.shape == (9,)
     back = from_real([vector])
@@ -28,8 +28,8 @@ def test_a_vector_holds_all_leaves_and_gives_them_back():
 
 
 def test_a_leaf_keeps_its_own_largest_entry():
-    space = realify.Space.of(jax.make_jaxpr(lambda w: w)(MIXED).jaxpr, MIXED)
-    assert space.entries(realify.realified(MIXED)[0](MIXED)).tolist() == [1.0, 2.0, 3.0]
+    space = real_form.Space.of(jax.make_jaxpr(lambda w: w)(MIXED).jaxpr, MIXED)
+    assert space.entries(real_form.realified(MIXED)[0](MIXED)).tolist() == [1.0, 2.0, 3.0]
 
 
 NAMES = ("fp rtol", "cg rtol", "normal_cg rtol", "gmres rtol", "bicgstab rtol", "dense", "lineax")

@@ -24,7 +24,7 @@ from .bilevel import StopRule as StopRule
 from .bilevel import bilevel as bilevel
 from .bilevel import patience as patience
 from .certificate import Certificate as Certificate
-from .certificate import Reason as Reason
+from .certificate import CertificateStatus as CertificateStatus
 from .certificate import adaptive_hypergradient as adaptive_hypergradient
 from .certificate import certified as certified
 from .certificate import certify as certify
@@ -46,6 +46,7 @@ from .hypergradient import HypergradientState as HypergradientState
 from .hypergradient import Start as Start
 from .hypergradient import cold as cold
 from .hypergradient import hypergradient as hypergradient
+from .hypergradient import separately as separately
 from .hypergradient import warm as warm
 from .linear import bicgstab as bicgstab
 from .linear import cg as cg
@@ -56,10 +57,10 @@ from .linear import gmres as gmres
 from .linear import normal_cg as normal_cg
 from .lower import CheckedSolver as CheckedSolver
 from .lower import anderson as anderson
-from .lower import checked as checked
 from .lower import from_host as from_host
 from .lower import from_optax as from_optax
 from .lower import picard as picard
+from .lower import with_tolerance as with_tolerance
 from .maps import Momentum as Momentum
 from .maps import damped as damped
 from .maps import gradient_descent as gradient_descent
@@ -70,13 +71,14 @@ from .maps import optimal_step_size as optimal_step_size
 from .maps import proximal_gradient as proximal_gradient
 from .types import Backward as Backward
 from .types import Estimator as Estimator
-from .types import Forward as Forward
+from .types import Implicit as Implicit
 from .types import LinearSolver as LinearSolver
 from .types import Outer as Outer
 from .types import Phi as Phi
 from .types import SolveInfo as SolveInfo
 from .types import Solver as Solver
 from .types import Status as Status
+from .types import Unrolled as Unrolled
 
 __all__ = [
     "Backward",
@@ -84,19 +86,19 @@ __all__ = [
     "BilevelInfo",
     "BilevelState",
     "Certificate",
+    "CertificateStatus",
     "CheckedSolver",
     "Estimator",
-    "Forward",
     "GradientCheck",
     "Hypergradient",
     "HypergradientInfo",
     "HypergradientState",
+    "Implicit",
     "LinearSolver",
     "LoopStoppedWarning",
     "Momentum",
     "Outer",
     "Phi",
-    "Reason",
     "Recommendation",
     "SolveFailedError",
     "SolveFailedWarning",
@@ -106,6 +108,7 @@ __all__ = [
     "Status",
     "StopReason",
     "StopRule",
+    "Unrolled",
     "adaptive_hypergradient",
     "aid",
     "anderson",
@@ -116,7 +119,6 @@ __all__ = [
     "certify",
     "cg",
     "check_gradient",
-    "checked",
     "cold",
     "damped",
     "dense",
@@ -140,8 +142,10 @@ __all__ = [
     "polished",
     "proximal_gradient",
     "recommend",
+    "separately",
     "truncated_itd",
     "warm",
+    "with_tolerance",
 ]
 
 __version__ = version("fixedgrad")

@@ -14,17 +14,11 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
+from .compiled import compiled
+from .errors import check_callable, check_count, check_number, check_same, hint, shapes_of, show
 from .hypergradient import Hypergradient, HypergradientState
+from .leaves import blank, check_arrays, is_weak, owned, partition, settled_lam, strongly_typed
 from .lower.adapters import check_optimizer
-from .packing import (
-    blank,
-    check_arrays,
-    is_weak,
-    owned,
-    partition,
-    settled_lam,
-    strongly_typed,
-)
 from .printing import (
     count,
     member,
@@ -35,19 +29,8 @@ from .printing import (
     tally,
     values_of,
 )
-from .realify import norm, steepest_ascent
-from .types import (
-    PyTree,
-    Status,
-    check_callable,
-    check_count,
-    check_number,
-    check_same,
-    failed,
-    hint,
-    shapes_of,
-    show,
-)
+from .real_form import norm, steepest_ascent
+from .types import PyTree, Status, failed
 
 _ASKED = (
     "`bilevel` gives the optimiser gradients, its state, λ, and the `value` and `grad` at λ. One that "
@@ -200,7 +183,7 @@ class Bilevel(NamedTuple):
 
     Attributes:
         init: `init(w0, lam, *args, **kwargs) -> state`.
-        step: `step(state, *args, **kwargs) -> (state, info)`, one step, not jitted.
+        step: `step(state, *args, **kwargs) -> (state, info)`, one step.
         run: `run(state, *args, num_steps=, stop=, metrics=, batches=, **kwargs) -> (state, history)`,
             many steps in one compiled scan; see `bilevel`.
         name: How it prints: as the call that made it.
@@ -224,10 +207,10 @@ def bilevel(
 ) -> Bilevel:
     """The outer loop min over λ of f(λ): λ ← P(λ + updates), the updates by optax from g(λ).
 
-    `init` and `step` are pure and not jitted. `run` takes `num_steps` steps in one jitted `lax.scan`.
-    Called again with the same shapes it does not compile again, so that a long run is a Python loop
-    over chunks, with a progress bar and a checkpoint of the state between them. What was compiled is
-    kept by the loop, and goes with it.
+    All three are pure, and each is compiled once: called again with the same shapes it does not compile
+    again, `run` for about as many steps neither. So a long run is a Python loop over chunks, with a
+    progress bar and a checkpoint of the state between them. What was compiled is kept by the loop, and
+    goes with it.
 
     A hypergradient that is not finite (a failed solve, by the policy of `hypergradient`), or a λ that
     would overflow, moves nothing: the loop ends with the last good λ in its state, and with its
@@ -298,7 +281,8 @@ def bilevel(
         check_callable("bilevel", "project", project, "project(lam) -> lam")
     full = optax.with_extra_args_support(optimizer)
 
-    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> BilevelState:
+    @compiled
+    def first_state(w0: PyTree, lam: PyTree, args: Any, kwargs: Any) -> BilevelState:
         check_arrays("bilevel", "lam", lam)
         hyper = hypergrad.init(w0, lam, *args, **kwargs)
         if any(map(is_weak, jax.tree.leaves(lam))):  # Python numbers, as wide as w: known only now.
@@ -309,9 +293,11 @@ def bilevel(
         running = jnp.int32(StopReason.RUNNING)
         return BilevelState(owned(lam), hyper, owned(optimizer_state), jnp.int32(0), running)
 
-    def step(
-        state: BilevelState, /, *args: PyTree, **kwargs: PyTree
-    ) -> tuple[BilevelState, BilevelInfo]:
+    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> BilevelState:
+        return first_state(w0, lam, args, kwargs)
+
+    @compiled
+    def next_state(state: BilevelState, args: Any, kwargs: Any) -> tuple[BilevelState, BilevelInfo]:
         _check_optimizer_state(full, state)
         grad, hyper = hypergrad.update(state.hypergrad, state.lam, *args, **kwargs)
         finite = jnp.isfinite(norm(grad))
@@ -357,6 +343,11 @@ def bilevel(
         num_steps = state.num_steps + taken.astype(jnp.int32)
         return BilevelState(lam, hyper, optimizer_state, num_steps, reason, state.memory), info
 
+    def step(
+        state: BilevelState, /, *args: PyTree, **kwargs: PyTree
+    ) -> tuple[BilevelState, BilevelInfo]:
+        return next_state(state, args, kwargs)
+
     # A program of its own for each loop, not of the module: it is to go when the loop goes.
     scan = jax.jit(functools.partial(_scan, step), static_argnums=(0, 1, 2))
 
@@ -390,7 +381,10 @@ def bilevel(
             rule = _Forgetful(stop)
         if shapes_of(state.memory) != shapes_of(memory):  # Another rule, or the first run.
             state = state._replace(memory=memory)
-        return scan(rule, metrics, num_steps, state, batches, args, kwargs)
+        # So that one program serves all runs of up to so many steps, of a power of two or the shortest.
+        rows = num_steps if batches is not None else max(_ROWS, 1 << (num_steps - 1).bit_length())
+        state, history = scan(rule, metrics, rows, num_steps, state, batches, args, kwargs)
+        return state, history if rows == num_steps else _first_rows(history, num_steps)
 
     return Bilevel(init, step, run)
 
@@ -511,11 +505,20 @@ _TRACED_ONCE = (
 )
 
 
+_ROWS = 64  # The shortest history that `run` compiles for.
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first_rows(history: BilevelInfo, num_steps: int) -> BilevelInfo:
+    return jax.tree.map(lambda x: x[:num_steps], history)
+
+
 def _scan(
     step: Callable[..., tuple[BilevelState, BilevelInfo]],
     stop: Callable[[PyTree, BilevelInfo], tuple[PyTree, jax.Array]] | None,
     metrics: Callable[[BilevelState], PyTree] | None,
-    num_steps: int,
+    rows: int,
+    num_steps: jax.Array,
     state: BilevelState,
     batches: PyTree,
     args: PyTree,
@@ -546,7 +549,13 @@ def _scan(
     def skip(state: BilevelState, _: PyTree) -> tuple[BilevelState, BilevelInfo]:
         return state, blank(info_like)._replace(reason=state.reason)
 
-    def body(state: BilevelState, batch: PyTree) -> tuple[BilevelState, BilevelInfo]:
-        return lax.cond(state.stopped, skip, take, state, batch)
+    def body(
+        state: BilevelState, row: tuple[jax.Array, PyTree]
+    ) -> tuple[BilevelState, BilevelInfo]:
+        i, batch = row
+        # Two conditions: the first stays one under `vmap`, where a stopped loop waits.
+        return lax.cond(
+            i < num_steps, lambda *x: lax.cond(state.stopped, skip, take, *x), skip, state, batch
+        )
 
-    return lax.scan(body, state, batches, length=num_steps)
+    return lax.scan(body, state, (jnp.arange(rows), batches))

@@ -13,25 +13,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .estimators import check_estimator, run_linear_solver
+from .errors import check_callable, check_same, hint, shapes_of, show
+from .estimators import check_estimator
 from .failure import check_on_failure, enforce, enforce_value
-from .lower import held_to_phi, iterates, solve_with_info
-from .packing import (
+from .leaves import (
     SOLVED,
     Layout,
     check_arrays,
     check_phi,
+    closes_over_tracers,
     closure_converted,
     partition,
-    phi_hint,
     split_static,
+    within_shard_map,
     zero_tangent,
 )
-from .replication import casts, hoisted, varying_axes, within_shard_map
+from .linear.implicit import STAGE, implicit_solve, linear_solve
+from .lower import held_to_phi, iterates, solve_with_info
+from .problem import Equation, precise
 from .signatures import same_arguments
 from .types import (
     Decorated,
     Estimator,
+    Implicit,
     LinearSolver,
     MatVec,
     OnFailure,
@@ -39,14 +43,10 @@ from .types import (
     PyTree,
     SolveInfo,
     Solver,
-    check_callable,
-    check_same,
-    hint,
-    shapes_of,
-    show,
+    Unrolled,
+    solve_info,
 )
 
-_BACKWARD = "linear solve of the derivative"
 _NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -108,7 +108,7 @@ def fixed_point(
     `jax.custom_vjp`; a solver within Φ is decorated with `forward(...)`. And `vmap` for `dense`.
 
     Assumed, not checked: that Φ has the fixed point which the solver approaches; a w that Φ moves by
-    as much as w itself is seen (`NOT_FIXED`). Use `checked` or a tolerance in `picard` to have more
+    as much as w itself is seen (`NOT_FIXED`). A tolerance in `picard`, or `with_tolerance`, has more
     checked. Nor that Φ is a pure function: what it draws from NumPy's or Python's random generators
     is drawn once, while it is traced, and is a constant of the compiled program ever after (pass a key
     of `jax.random` as an argument); NumPy on a traced w is an error of JAX.
@@ -168,25 +168,32 @@ def fixed_point(
     def decorate(solver: Solver) -> Decorated:
         check_callable("fixed_point", "solver", solver, "solver(w0, *args) -> w")
         check = same_arguments("fixed_point", phi, solver)
-        run = _unrolled if estimator.mode == "unroll" else _implicit
 
         def call(informed: bool, layout: Layout, arrays: list[jax.Array]) -> PyTree:
             w0, args, kwargs = layout.join(arrays)
-            w, aux, info = run(phi, solver, estimator, has_aux, on_failure, w0, args, kwargs)
+            if isinstance(estimator, Unrolled):
+                w, aux, info = _run(solver, has_aux, w0, args, kwargs)
+                check_phi("fixed_point", phi, w, SOLVED, args, kwargs)
+            else:
+                run = functools.partial(_run, solver, has_aux)
+                judged = not iterates(solver, phi)
+                w, aux, info = _implicit(phi, run, judged, estimator, on_failure, w0, args, kwargs)
             aux, info = lax.stop_gradient((aux, info))
             if not informed:  # Who gets the info decides by it.
                 w = enforce_value(on_failure, "lower-level solve", info, w)
             out = (w, aux) if has_aux else w
             return (out, info) if informed else out
 
-        # A traced tolerance ties the rule to its trace: a jit of our own inside could not hold it.
-        compiled = call if estimator.traced else jax.jit(call, static_argnums=(0, 1))
+        compiled = jax.jit(call, static_argnums=(0, 1))
+        refused = _FORWARD_PHI
+        if isinstance(estimator, Implicit) and not estimator.every_mode:
+            refused = _FORWARD_MODE
 
         def entry(informed: bool) -> Callable[..., PyTree]:
             def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
                 check(args, kwargs)
                 check_arrays("fixed_point", "w0", w0)
-                with _no_custom_vjp(_FORWARD_MODE if estimator.mode == "reverse" else _FORWARD_PHI):
+                with _no_custom_vjp(refused):
                     return compiled(informed, *split_static((w0, args, kwargs)))
 
             # Not its attributes: a `with_info` of the solver would go around the rule.
@@ -213,28 +220,11 @@ def _no_custom_vjp(text: str) -> Iterator[None]:
         raise
 
 
-def _unrolled(
-    phi: Phi,
-    solver: Solver,
-    estimator: Estimator,
-    has_aux: bool,
-    on_failure: OnFailure,
-    w0: PyTree,
-    args: PyTree,
-    kwargs: PyTree,
-) -> tuple[PyTree, PyTree, SolveInfo | None]:
-    """JAX differentiates the solver's own iterations: there is no rule."""
-    del estimator, on_failure
-    w, aux, info = _run(solver, has_aux, w0, args, kwargs)
-    check_phi("fixed_point", phi, w, SOLVED, args, kwargs)
-    return w, aux, info
-
-
 def _implicit(
     phi: Phi,
-    solver: Solver,
-    estimator: Estimator,
-    has_aux: bool,
+    run: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree, SolveInfo | None]],
+    judged: bool,
+    estimator: Implicit,
     on_failure: OnFailure,
     w0: PyTree,
     args: PyTree,
@@ -242,95 +232,122 @@ def _implicit(
 ) -> tuple[PyTree, PyTree, SolveInfo | None]:
     """The estimator's rule, on functions that depend on nothing but their arguments.
 
-    The rule is installed on `apply(w0, x, rest)`: `x` are the inexact leaves of the arguments and of
-    what Φ closes over, `rest` everything else. The solution map `implicit` below has the forward rule
-    in every mode, since second derivatives differentiate the iterate w in the residuals.
+    The rule is installed on `apply(w0, x, rest, held)`: `x` are the inexact leaves of the arguments and
+    of what Φ and the solver close over, `rest` everything else, `held` what the estimator closes over,
+    such as a tolerance, which is constant. The solution map `implicit` below has the forward rule in
+    every mode, since second derivatives differentiate the iterate w in the residuals.
+
+    Args:
+        phi: Φ.
+        run: `(w0, args, kwargs) -> (w, aux, info)`, the solver.
+        judged: Whether w is to be held to Φ, since the solver may not have been.
+        estimator: Whose rule it is.
+        on_failure: The policy of solves for derivatives.
+        w0: The start.
+        args: The arguments after it.
+        kwargs: Those by keyword.
     """
     # What Φ and the solver close over becomes an argument, so that it is differentiated, and so
     # that Python code runs once.
     *given, join_given = partition((args, kwargs))
+    solver = closure_converted(lambda w0, *given: run(w0, *join_given(*given)), w0, *given)
+    w_like = solver.shapes[0]
+    function, by_residual = precise("fixed_point", phi)
 
-    def run_given(w0: PyTree, x: PyTree, rest: PyTree) -> PyTree:
-        args, kwargs = join_given(x, rest)
-        return _run(solver, has_aux, w0, args, kwargs)
+    def at_given(w: PyTree, *given: PyTree) -> PyTree:
+        args, kwargs = join_given(*given)
+        return function(w, *args, **kwargs)
 
-    def phi_given(w: PyTree, x: PyTree, rest: PyTree) -> PyTree:
-        args, kwargs = join_given(x, rest)
-        with phi_hint("fixed_point", w, args, kwargs):
-            return phi(w, *args, **kwargs)
-
-    run, run_closure = closure_converted(run_given, w0, *given)
-    w_like = jax.eval_shape(lambda: run(w0, *given, *run_closure)[0])
-    with jax.default_matmul_precision("highest"):
-        image, phi_closure = closure_converted(phi_given, w_like, *given)
-    closed, got = jax.make_jaxpr(image, return_shape=True)(w_like, *given, *phi_closure)
-    check_same("fixed_point", got, w_like, "`phi(w, ...)`", SOLVED)
-
-    x, rest, join = partition((given, phi_closure, run_closure))
-    _, _, join_w = partition(w_like)
+    image = closure_converted(at_given, w_like, *given)
+    check_same("fixed_point", image.shapes, w_like, "`phi(w, ...)`", SOLVED)
+    x, rest, join = partition((given, image.values, solver.values))
+    *_, join_w = partition(w_like)
 
     def run_packed(w0: PyTree, x: PyTree, rest: PyTree) -> tuple[PyTree, PyTree]:
         given, _, closure = join(x, rest)
-        w, aux, info = run(w0, *given, *closure)
+        w, aux, info = solver.function(w0, *given, *closure)
         w_x, w_rest, _ = partition(w)
-        if not iterates(solver, phi):
-            start = partition(w0)[0]
-            info = held_to_phi(lambda w_x: phi_packed(rest, w_rest)(w_x, x), start, w_x, info)
+        if judged:
+            info = held_to_phi(equation(rest, w_rest), partition(w0)[0], w_x, x, info)
         return w_x, (w_rest, aux, info)
 
-    def phi_packed(rest: PyTree, w_rest: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
+    def equation(rest: PyTree, w_rest: PyTree) -> Equation:
         def packed(w_x: PyTree, x: PyTree) -> PyTree:
             given, closure, _ = join(x, rest)
-            return partition(image(join_w(w_x, w_rest), *given, *closure))[0]
+            return partition(image.function(join_w(w_x, w_rest), *given, *closure))[0]
 
-        return packed
+        return Equation(packed, by_residual, image.jaxpr)
 
-    solve = functools.partial(_implicit_solve, on_failure)
+    solve = functools.partial(implicit_solve, on_failure)
+
+    def solve_linearly(
+        linear_solver: LinearSolver, matvec: MatVec, b: PyTree
+    ) -> tuple[PyTree, SolveInfo]:
+        unknown = solve_info(0, jnp.zeros(()), 0)
+        return linear_solve(on_failure, linear_solver, matvec, b), unknown
+
+    def pull_at(w: PyTree, x: PyTree, rest: PyTree, w_rest: PyTree, w_bar: PyTree) -> PyTree:
+        back = estimator.vjp(equation(rest, w_rest), w, x, w_bar, solve)
+        return enforce(on_failure, STAGE, back.info, back.x_bar)
+
+    def push_at(w: PyTree, x: PyTree, rest: PyTree, w_rest: PyTree, x_dot: PyTree) -> PyTree:
+        with _no_custom_vjp(_FORWARD_PHI):
+            return estimator.jvp(equation(rest, w_rest), w, x, x_dot, solve_linearly)
+
+    pull: Callable[..., PyTree] = pull_at
+    push: Callable[..., PyTree] = push_at
+    held: tuple[list[Any], list[Any]] = [], []
+    if closes_over_tracers(estimator):
+        # A rule runs when JAX comes to it, maybe after the trace that it closes over has ended.
+        w_x, w_rest, _ = partition(w_like)
+        converted = (
+            closure_converted(pull_at, w_x, x, rest, w_rest, w_x),
+            closure_converted(push_at, w_x, x, rest, w_rest, x),
+        )
+        pull, push = (c.function for c in converted)
+        held = lax.stop_gradient((converted[0].values, converted[1].values))
 
     @jax.custom_jvp
-    def implicit(w0: PyTree, x: PyTree, rest: PyTree) -> tuple[PyTree, PyTree]:
+    def implicit(w0: PyTree, x: PyTree, rest: PyTree, held: PyTree) -> tuple[PyTree, PyTree]:
+        del held
         return run_packed(w0, x, rest)  # Never differentiated.
 
-    def tangent(primals: Any, tangents: Any) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-        (w0, x, rest), (_, x_dot, _) = primals, tangents
-        w_t, extra = solved = implicit(w0, x, rest)
-        primals, tangents = (w0, x), (zero_tangent(w0), x_dot)
-        phi = phi_packed(rest, extra[0])
-        with _no_custom_vjp(_FORWARD_PHI):
-            out = estimator.jvp(phi, lambda *_: solved, primals, tangents, solve)
-        return w_t, out.w, extra, (out.w_dot, zero_tangent(extra))
+    def solved(w0: PyTree, x: PyTree, rest: PyTree, held: PyTree) -> tuple[PyTree, PyTree]:
+        w, extra = implicit(w0, x, rest, held)
+        return estimator.refine(equation(rest, extra[0]), w, x), extra
 
-    @implicit.defjvp
-    def implicit_jvp(primals: Any, tangents: Any) -> Any:
-        w_t, _, extra, extra_dot = tangent(primals, tangents)
-        return (w_t, extra), extra_dot
-
-    def fwd(w0: PyTree, x: PyTree, rest: PyTree) -> Any:
-        _, extra = solved = implicit(w0, x, rest)
-        phi = phi_packed(rest, extra[0])
-        w, extra, residuals = estimator.fwd(phi, lambda *_: solved, w0, x)
-        return (w, extra), (residuals, rest, extra[0])
+    def fwd(w0: PyTree, x: PyTree, rest: PyTree, held: PyTree) -> Any:
+        w, extra = implicit(w0, x, rest, held)
+        refined = estimator.refine(equation(rest, extra[0]), w, x)
+        return (refined, extra), (w, x, rest, extra[0], held)
 
     def bwd(kept: Any, bars: Any) -> Any:
-        (residuals, rest, w_rest), (w_bar, _) = kept, bars
-        back = estimator.bwd(phi_packed(rest, w_rest), residuals, w_bar, solve)
-        return None, enforce(on_failure, _BACKWARD, back.info, back.args_bar), None
+        *at, (held_pull, _) = kept
+        return None, pull(*at, bars[0], *held_pull), None, None
+
+    def forward_rule(
+        function: Callable[..., tuple[PyTree, PyTree]], primals: Any, tangents: Any
+    ) -> Any:
+        (_, x, rest, (_, held_push)), (_, x_dot, *_) = primals, tangents
+        out, extra = function(*primals)
+        w = implicit(*primals)[0]
+        w_dot = push(w, x, rest, extra[0], x_dot, *held_push)
+        return (out, extra), (w_dot, zero_tangent(extra))
+
+    implicit.defjvp(functools.partial(forward_rule, implicit))
 
     # JAX runs the `bwd` of a `custom_vjp` outside a `vmap` within which it differentiates, where the
     # name of its axis is not bound any more. The transpose of a `custom_jvp` does not need the name.
-    in_batch = any(hasattr(effect, "name") for effect in closed.effects) and not within_shard_map()
-    if estimator.mode == "reverse" and not in_batch:
-        apply = jax.custom_vjp(lambda *operands: fwd(*operands)[0])
-        apply.defvjp(fwd, bwd)
+    effects = image.jaxpr.effects
+    in_batch = any(hasattr(effect, "name") for effect in effects) and not within_shard_map()
+    if estimator.every_mode or in_batch:
+        apply = jax.custom_jvp(solved)
+        apply.defjvp(functools.partial(forward_rule, solved))
     else:
-        apply = jax.custom_jvp(lambda *operands: fwd(*operands)[0])
+        apply = jax.custom_vjp(solved)
+        apply.defvjp(fwd, bwd)
 
-        @apply.defjvp
-        def apply_jvp(primals: Any, tangents: Any) -> Any:
-            _, w, extra, out_dot = tangent(primals, tangents)
-            return (w, extra), out_dot
-
-    w_x, (w_rest, aux, info) = apply(w0, x, rest)
+    w_x, (w_rest, aux, info) = apply(w0, x, rest, held)
     return join_w(w_x, w_rest), aux, info
 
 
@@ -351,61 +368,3 @@ def _run(
     if info is None and isinstance(aux, SolveInfo):  # As `with_info` of `picard` has it.
         info = aux
     return jax.tree.map(jnp.asarray, w), aux, info
-
-
-def _implicit_solve(
-    on_failure: OnFailure, linear_solver: LinearSolver, matvec: MatVec, b: PyTree
-) -> tuple[PyTree, None]:
-    """(I − M) x = b with its own derivative rule, in both modes, and with the policy inside.
-
-    From (I − M) x = b follows (I − M) ẋ = ḃ + Ṁ x; `lax.custom_linear_solve` differentiates so, and
-    transposes to (I − Mᵀ). The policy is applied within each of these solves: outside, its factor
-    would depend on the tangent, and JAX could not transpose the tangent map any more.
-    """
-
-    def solve_with(matvec: MatVec) -> Callable[[PyTree], PyTree]:
-        def solve(rhs: PyTree) -> PyTree:
-            # M, not the I − M that `custom_linear_solve` offers: x − (x − M x) would lose digits.
-            x, info = run_linear_solver(linear_solver, matvec, rhs)
-            return enforce(on_failure, _BACKWARD, info, x)
-
-        return solve
-
-    def transpose(matvec: MatVec) -> MatVec:
-        return lambda u: jax.linear_transpose(matvec, b)(u)[0]
-
-    def residual(matvec: MatVec) -> MatVec:
-        return lambda u: jax.tree.map(jnp.subtract, u, matvec(u))
-
-    if not within_shard_map():
-        x = lax.custom_linear_solve(
-            residual(matvec),
-            b,
-            lambda _, rhs: solve_with(matvec)(rhs),
-            lambda _, rhs: solve_with(transpose(matvec))(rhs),
-        )
-        return x, None
-
-    # With sharded data and replicated w, the products vary over devices inside and end in a sum over
-    # them. `custom_linear_solve` knows one type only: if anything varies, everything does. So all
-    # that enters or leaves it wears that type, and is taken back to its own inside, where the
-    # products are: one collective a solve for each array, none more a product.
-    apply, consts = hoisted(matvec, b)
-    axes = varying_axes((consts, b))
-    of_consts, of_b = casts(consts, axes), casts(b, axes)
-    consts = of_consts.varying(consts)
-
-    def inside(rule: Callable[[MatVec], MatVec]) -> MatVec:
-        def wrapped(u: PyTree) -> PyTree:
-            matvec = functools.partial(apply, of_consts.own(consts))
-            return of_b.varying(rule(matvec)(of_b.own(u)))
-
-        return wrapped
-
-    x = lax.custom_linear_solve(
-        inside(residual),
-        of_b.varying(b),
-        lambda _, rhs: inside(solve_with)(rhs),
-        lambda _, rhs: inside(lambda matvec: solve_with(transpose(matvec)))(rhs),
-    )
-    return of_b.own(x), None

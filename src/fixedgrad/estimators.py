@@ -6,41 +6,24 @@ table `ESTIMATORS` in `tests/problems.py`.
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from .errors import check_callable, check_count, show
 from .printing import printed
-from .realify import Space
+from .problem import Equation
 from .types import (
     Backward,
     Estimator,
-    Forward,
+    Implicit,
     LinearSolver,
-    MatVec,
     PyTree,
     Solve,
-    SolveInfo,
     Status,
-    check_callable,
-    check_count,
-    check_same,
-    hint,
-    show,
+    Unrolled,
     solve_info,
     status_where,
-)
-
-PackedPhi = Callable[[PyTree, PyTree], PyTree]
-PackedSolver = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
-
-
-_REVERSE_ITD = (
-    "`itd()` differentiates the solver's own loop, in reverse mode here: give the solver `num_steps` "
-    "in place of `max_steps`, or take `aid(...)`, which does not differentiate the solver."
 )
 
 
@@ -80,25 +63,7 @@ def itd() -> Estimator:
     References:
         Grazzi et al., ICML 2020, Algorithm 1 and Theorem 2.1.
     """
-
-    def fwd(phi: PackedPhi, solver: PackedSolver, w0: PyTree, args: PyTree) -> Any:
-        del phi  # Only the solver is differentiated.
-        w, vjp, extra = jax.vjp(solver, w0, args, has_aux=True)
-        return w, extra, vjp
-
-    def bwd(phi: PackedPhi, residuals: PyTree, w_bar: PyTree, solve: Solve) -> Backward:
-        del phi, solve
-        with hint(ValueError, text=lambda: _REVERSE_ITD):
-            w0_bar, args_bar = residuals(w_bar)
-        return Backward(w0_bar, args_bar, None, None)
-
-    def jvp(
-        phi: PackedPhi, solver: PackedSolver, primals: Any, tangents: Any, solve: Solve
-    ) -> Forward:
-        del phi, solve
-        return Forward(*jax.jvp(solver, primals, tangents, has_aux=True))
-
-    return Estimator(fwd, bwd, jvp, "unroll")
+    return Unrolled()
 
 
 @printed
@@ -139,35 +104,25 @@ def truncated_itd(*, num_steps: int) -> Estimator:
     """
     check_count("truncated_itd", "num_steps", num_steps)
 
-    def iterate(phi: PackedPhi, w: PyTree, args: PyTree) -> PyTree:
-        return lax.fori_loop(0, num_steps, lambda _, u: phi(u, args), w)
+    def refine(equation: Equation, w: PyTree, x: PyTree) -> PyTree:
+        return lax.fori_loop(0, num_steps, lambda _, u: equation.phi(u, x), w)
 
-    def fwd(phi: PackedPhi, solver: PackedSolver, w0: PyTree, args: PyTree) -> Any:
-        w, extra = solver(w0, args)
-        return iterate(phi, w, args), extra, (w, args)
-
-    def bwd(phi: PackedPhi, residuals: PyTree, w_bar: PyTree, solve: Solve) -> Backward:
+    def vjp(equation: Equation, w: PyTree, x: PyTree, w_bar: PyTree, solve: Solve) -> Backward:
         # The cotangent of u₀ is (Jᵀ)ᵏ w̄, the residual of these k steps as steps of FP.
         del solve
-        w, args = residuals
-        _, vjp = jax.vjp(lambda w, a: iterate(phi, w, a), w, args)
-        left, args_bar = vjp(w_bar)
-        space = Space.of_map(lambda w: phi(w, args), w)
-        residual = space.size_of(left)
+        _, pull = jax.vjp(lambda w, x: refine(equation, w, x), w, x)
+        u_bar, x_bar = pull(w_bar)
+        space = equation.space(w)
+        residual = space.size_of(u_bar)
         idle = residual >= space.size_of(w_bar)
         status = status_where(idle & (residual > 0), Status.NO_PROGRESS, Status.FIXED_STEPS)
-        return Backward(None, args_bar, None, solve_info(num_steps, residual, status))
+        return Backward(x_bar, None, solve_info(num_steps, residual, status))
 
-    def jvp(
-        phi: PackedPhi, solver: PackedSolver, primals: Any, tangents: Any, solve: Solve
-    ) -> Forward:
+    def jvp(equation: Equation, w: PyTree, x: PyTree, x_dot: PyTree, solve: Solve) -> PyTree:
         del solve
-        (w0, args), (_, args_dot) = primals, tangents
-        w, extra = solver(w0, args)
-        w, w_dot = jax.jvp(lambda a: iterate(phi, w, a), (args,), (args_dot,))
-        return Forward(w, w_dot, extra)
+        return jax.jvp(lambda x: refine(equation, w, x), (x,), (x_dot,))[1]
 
-    return Estimator(fwd, bwd, jvp, "reverse")
+    return Implicit(vjp, jvp, refine)
 
 
 @printed
@@ -186,7 +141,7 @@ def aid(linear_solver: LinearSolver) -> Estimator:
 
     Assumed, not checked: Φ is continuously differentiable at w, I − J is invertible there, and w is
     near w(λ): its distance enters the error (Theorem 2.2). A tolerance of the lower-level solver,
-    or `checked`, has the last of these checked; what the linear solver needs of J it says itself.
+    or `with_tolerance`, has the last of these checked; what the linear solver needs of J it says.
 
     Cost: the products of the linear solver with Jᵀ (J), one with Bᵀ (B), one linearisation of Φ.
     Memory: w and the vectors of the linear solver, whatever the number of iterations.
@@ -216,29 +171,16 @@ def aid(linear_solver: LinearSolver) -> Estimator:
     """
     check_linear_solver("aid", linear_solver)
 
-    def fwd(phi: PackedPhi, solver: PackedSolver, w0: PyTree, args: PyTree) -> Any:
-        del phi  # Only the backward pass linearises Φ.
-        w, extra = solver(w0, args)
-        return w, extra, (w, args)
+    def vjp(equation: Equation, w: PyTree, x: PyTree, w_bar: PyTree, solve: Solve) -> Backward:
+        at = equation.vjp(w, x)
+        v, info = solve(linear_solver, at.j, w_bar)
+        return Backward(at.b(v), v, info)
 
-    def bwd(phi: PackedPhi, residuals: PyTree, w_bar: PyTree, solve: Solve) -> Backward:
-        w, args = residuals
-        _, phi_vjp = jax.vjp(phi, w, args)  # Linearise Φ once, for every product below.
-        v, info = solve(linear_solver, lambda u: phi_vjp(u)[0], w_bar)
-        return Backward(None, phi_vjp(v)[1], v, info)
+    def jvp(equation: Equation, w: PyTree, x: PyTree, x_dot: PyTree, solve: Solve) -> PyTree:
+        at = equation.jvp(w, x)
+        return solve(linear_solver, at.j, at.b(x_dot))[0]
 
-    def jvp(
-        phi: PackedPhi, solver: PackedSolver, primals: Any, tangents: Any, solve: Solve
-    ) -> Forward:
-        (w0, args), (_, args_dot) = primals, tangents
-        w, extra = solver(w0, args)
-        _, phi_jvp = jax.linearize(phi, w, args)
-        w_zero, args_zero = jax.tree.map(jnp.zeros_like, (w, args))
-        b = phi_jvp(w_zero, args_dot)
-        w_dot, _ = solve(linear_solver, lambda u: phi_jvp(u, args_zero), b)
-        return Forward(w, w_dot, extra)
-
-    return Estimator(fwd, bwd, jvp, "reverse", getattr(linear_solver, "traced", False))
+    return Implicit(vjp, jvp)
 
 
 def forward(estimator: Estimator) -> Estimator:
@@ -281,14 +223,14 @@ def forward(estimator: Estimator) -> Estimator:
         Linearize Once: Tangents Transpose to Gradients, POPL 2023.
     """
     check_estimator("forward", estimator)
-    if estimator.mode == "unroll":
+    if isinstance(estimator, Unrolled):
         return estimator
-    return estimator._replace(mode="forward", name=f"forward({estimator!r})")
+    return estimator._replace(every_mode=True, name=f"forward({estimator!r})")
 
 
 def check_estimator(where: str, estimator: object) -> None:
     """Raises `TypeError` unless `estimator` is an `Estimator`."""
-    if not isinstance(estimator, Estimator):
+    if not isinstance(estimator, Implicit | Unrolled):
         raise TypeError(
             f"`estimator` of `{where}` must be an `Estimator` such as `itd()` or `aid(cg(...))`, got "
             f"{show(estimator)}. Call a factory, as in `itd()`; a linear solver goes inside: "
@@ -310,22 +252,3 @@ def check_linear_solver(where: str, linear_solver: object) -> None:
             f"`linear_solver` of `{where}` must take `(matvec, b, x0=None)`, got "
             f"{show(linear_solver)}: {error}. Call a factory, as in `cg(num_steps=10)`."
         ) from None
-
-
-def run_linear_solver(
-    linear_solver: LinearSolver, matvec: MatVec, b: PyTree, *x0: PyTree
-) -> tuple[PyTree, SolveInfo]:
-    """(x, info) of any linear solver.
-
-    Raises:
-        TypeError: It did not return a pair, x is not like b, or info is not a `SolveInfo`.
-    """
-    out = linear_solver(matvec, b, *x0)
-    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], SolveInfo)):
-        raise TypeError(
-            "`linear_solver` of `aid` must return a pair `(x, info)` with info a `SolveInfo`, got "
-            f"{show(out)}. It solves (I - M) x = b from products with M: the solvers of `jax.scipy` "
-            "do something else, those of lineax go through `from_lineax`."
-        )
-    check_same("aid", out[0], b, "`x`, of the linear solver's `(x, info)`", "`b`")
-    return out

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .packing import is_inexact
+from .leaves import is_inexact
 from .types import OnFailure, PyTree, SolveInfo, Status, failed
 
 

@@ -8,29 +8,29 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .estimators import check_estimator, run_linear_solver
+from .compiled import compiled
+from .errors import check_callable, check_same, hint, shapes_of, show
+from .estimators import check_estimator
 from .failure import check_on_failure, enforce
-from .lower import fixed_point_info, held_to_phi, iterates, solve_with_info
-from .packing import (
+from .leaves import (
     SOLVED,
     blank,
     check_arrays,
-    check_phi,
-    eval_shape,
-    fresh,
     owned,
     partition,
     split_lam,
     started,
     zeros_like_inexact,
 )
+from .linear.implicit import STAGE, implicit_solve
+from .lower import exact_steps_info, held_to_phi, iterates, solve_with_info
+from .mapped_axes import placed_like
 from .printing import count, member, number, printed, record, shapes_in, values_of
-from .replication import placed_like
+from .problem import Problem
 from .signatures import same_arguments
 from .types import (
+    Backward,
     Estimator,
-    LinearSolver,
-    MatVec,
     OnFailure,
     Outer,
     Phi,
@@ -38,12 +38,13 @@ from .types import (
     SolveInfo,
     Solver,
     Status,
-    check_callable,
-    check_same,
-    check_scalar,
+    Unrolled,
     failed,
-    shapes_of,
-    show,
+)
+
+_REVERSE_ITD = (
+    "`itd()` differentiates the solver's own loop, in reverse mode here: give the solver `num_steps` "
+    "in place of `max_steps`, or take `aid(...)`, which does not differentiate the solver."
 )
 
 
@@ -177,6 +178,50 @@ def warm() -> Start:
     return Start(lambda w0, v: (w0, v), lambda memory: memory, record)
 
 
+WARM = warm()
+
+
+@printed
+def separately(*, w: Start, v: Start) -> Start:
+    """W starts as one `Start` says, and v as another.
+
+    The paper's experiments start w at the last iterate and v at zero: `separately(w=warm(), v=cold())`.
+    v from zero keeps the error bounds of exactly k steps, whatever λ does.
+
+    Memory: that of both.
+    When not to use it: with a tolerance, where a warm v costs fewer steps and changes no guarantee.
+
+    Args:
+        w: The start of the lower-level solve.
+        v: The start of the linear solve.
+
+    Returns:
+        A `Start`.
+
+    >>> start = separately(w=warm(), v=cold())
+    >>> start.propose(start.record(start.init(1.0, 0.0), 2.0, 3.0))
+    (2.0, None)
+    """
+    for name, start in (("w", w), ("v", v)):
+        check_start(f"`{name}` of `separately`", start)
+
+    def propose(memory: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree | None]:
+        return w.propose(memory[0])[0], v.propose(memory[1])[1]
+
+    def record(memory: tuple[PyTree, PyTree], *solved: PyTree) -> tuple[PyTree, PyTree]:
+        return w.record(memory[0], *solved), v.record(memory[1], *solved)
+
+    return Start(lambda *first: (w.init(*first), v.init(*first)), propose, record)
+
+
+def check_start(where: str, start: object) -> None:
+    """Raises `TypeError` unless `start` is a `Start`."""
+    if not isinstance(start, Start):
+        raise TypeError(
+            f"{where} must be a `Start`, got {show(start)}; call a factory, as in `warm()`."
+        )
+
+
 @printed
 def hypergradient(
     outer: Outer,
@@ -206,7 +251,7 @@ def hypergradient(
         phi: `phi(w, lam, *args, **kwargs) -> w`.
         solver: `solver(w0, lam, *args, **kwargs) -> w`.
         estimator: `itd()`, `truncated_itd(...)`, `aid(...)`.
-        start: `cold()` or `warm()`, or another `Start`.
+        start: `cold()`, `warm()`, or another `Start`; `separately` has one for w and one for v.
         on_failure: What becomes of the gradient when a solve failed: "nan", "warn", "raise" or
             "ignore". The state keeps w, v and info in any case. "warn" and "raise" call back to the
             host, so that `jax.export` refuses `update`.
@@ -236,90 +281,95 @@ def hypergradient(
     check_callable("hypergradient", "solver", solver, "solver(w0, lam, *args) -> w")
     check_estimator("hypergradient", estimator)
     check_on_failure("hypergradient", on_failure)
-    if not isinstance(start, Start):
-        raise TypeError(
-            f"`start` of `hypergradient` must be a `Start`, got {show(start)}; call a factory, as in "
-            "`warm()`."
-        )
-    unrolled = estimator.mode == "unroll"
+    check_start("`start` of `hypergradient`", start)
     check = same_arguments("hypergradient", phi, solver)
+    implicit = None if isinstance(estimator, Unrolled) else estimator
+
+    @compiled
+    def solved(memory: PyTree, lam: PyTree, args: Any, kwargs: Any) -> tuple[PyTree, _Solved]:
+        w0, v0 = start.propose(memory)
+        x, join_lam, _ = split_lam("hypergradient", lam)
+
+        def run(x: PyTree) -> tuple[PyTree, tuple[PyTree, SolveInfo | None]]:
+            w, info = solve_with_info(solver, w0, join_lam(x), *args, **kwargs)
+            check_arrays("hypergradient", "w", w)
+            w = jax.tree.map(jnp.asarray, w)
+            return partition(w)[0], (w, info)
+
+        w_t, pull, (w, lower) = (
+            jax.vjp(run, x, has_aux=True) if implicit is None else _undifferentiated(run, x)
+        )
+        problem = Problem.of("hypergradient", outer, phi, w, lam, args, kwargs, SOLVED)
+        equation = problem.equation
+        w_x = w_t if implicit is None else implicit.refine(equation, w_t, x)
+        if lower is None:
+            lower = exact_steps_info(equation.space(w_x), 0, w_x, equation.residual(w_x, x))
+        if not (implicit is None or iterates(solver, phi)):
+            lower = held_to_phi(equation, partition(w0)[0], w_x, x, lower)
+
+        value, (w_bar, direct) = jax.value_and_grad(problem.outer, argnums=(0, 1))(w_x, x)
+        if implicit is None:
+            with hint(ValueError, text=lambda: _REVERSE_ITD):
+                back = Backward(pull(w_bar)[0], None, None)
+        else:
+            x0 = None if v0 is None else partition(v0)[0]
+            solve = functools.partial(implicit_solve, on_failure, x0=x0)
+            back = implicit.vjp(equation, w_t, x, w_bar, solve)
+        grad = placed_like(optax.tree.add(direct, back.x_bar), x)
+        grad = enforce(on_failure, "lower-level solve", lower, grad)
+        grad = enforce(on_failure, STAGE, back.info, grad)
+
+        w = problem.join_w(w_x)
+        v = None if back.v is None else problem.join_w(back.v)
+        lost = failed(lower)
+        if back.info is not None:
+            lost |= failed(back.info)
+        memory = optax.tree.where(lost, memory, start.record(memory, w, v))
+        # Of its own, where `record` kept w and v: two leaves of a state must not share a buffer.
+        return grad, _Solved(value, w, v, HypergradientInfo(lower, back.info), owned(memory))
 
     def update(
         state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, HypergradientState]:
         check_state(state)
         check((lam, *args), kwargs)
-        w0, v0 = start.propose(state.memory)
-        x, join_lam, join_gradient = split_lam("hypergradient", lam)
-
-        def packed_solver(w0: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
-            w, info = solve_with_info(solver, w0, join_lam(x), *args, **kwargs)
-            check_arrays("hypergradient", "w", w)
-            w = jax.tree.map(jnp.asarray, w)
-            check_phi("hypergradient", phi, w, SOLVED, (lam, *args), kwargs)
-            w_x, w_rest, _ = partition(w)
-            return w_x, (w_rest, info, w)
-
-        if unrolled:
-            run = packed_solver
-        else:  # The solver is not differentiated: run it first, and pass its result.
-            solved = packed_solver(w0, x)
-            w_rest, join_w = solved[1][0], partition(solved[1][2])[2]
-            run = functools.partial(_constant, solved)
-
-        def packed_phi(w_x: PyTree, x: PyTree) -> PyTree:
-            with jax.default_matmul_precision("highest"):
-                image = fresh(phi)(join_w(w_x, w_rest), join_lam(x), *args, **kwargs)
-            return partition(image)[0]
-
-        w_x, (w_rest, lower, w), residuals = estimator.fwd(packed_phi, run, w0, x)
-        _, _, join_w = partition(w)
-        w = join_w(w_x, w_rest)
-        if lower is None:
-            lower = fixed_point_info(phi, 0, w, lam, *args, **kwargs)
-        if not (unrolled or iterates(solver, phi)):
-            start_x = partition(w0)[0]
-            lower = held_to_phi(lambda w_x: packed_phi(w_x, x), start_x, w_x, lower)
-
-        def packed_outer(w_x: PyTree, x: PyTree) -> jax.Array:
-            value = outer(join_w(w_x, w_rest), join_lam(x), *args, **kwargs)
-            check_scalar("hypergradient", value)
-            return value
-
-        value, (w_bar, direct) = jax.value_and_grad(packed_outer, argnums=(0, 1))(w_x, x)
-
-        def solve(linear_solver: LinearSolver, matvec: MatVec, b: PyTree) -> Any:
-            x0 = () if v0 is None else (partition(v0)[0],)
-            return run_linear_solver(linear_solver, matvec, b, *x0)
-
-        back = estimator.bwd(packed_phi, residuals, w_bar, solve)
-        grad = placed_like(optax.tree.add(direct, back.args_bar), x)
-        grad = enforce(on_failure, "lower-level solve", lower, grad)
-        grad = enforce(on_failure, "linear solve of the derivative", back.info, grad)
-
-        v = None if back.v is None else join_w(back.v, w_rest)
-        lost = failed(lower)
-        if back.info is not None:
-            lost |= failed(back.info)
-        # Of their own, where `record` kept w and v: outside `jit` they would be the same buffers.
-        recorded = owned(start.record(state.memory, w, v))
-        memory = optax.tree.where(lost, state.memory, recorded)
-        info = HypergradientInfo(lower, back.info)
+        grad, new = solved(state.memory, lam, args, kwargs)
+        *_, join_gradient = split_lam("hypergradient", lam)
+        num_updates, certificate = state.num_updates + 1, state.certificate
         return join_gradient(grad), HypergradientState(
-            value, w, v, info, memory, state.num_updates + 1, state.certificate
+            *new, num_updates=num_updates, certificate=certificate
         )
 
-    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
+    @compiled
+    def blank_state(w0: PyTree, lam: PyTree, args: Any, kwargs: Any) -> HypergradientState:
         w0 = started("hypergradient", phi, w0, (lam, *args), kwargs)
         memory = start.init(w0, zeros_like_inexact(w0))
-        start_state = HypergradientState(jnp.nan, w0, None, None, memory, jnp.int32(0))  # pyright: ignore
-        shapes = eval_shape(lambda *a, **k: update(*a, **k)[1], start_state, lam, *args, **kwargs)
+        _, shapes = solved.eval_shape(memory, lam, args, kwargs)
         check_same("hypergradient", w0, shapes.w, "`w0`", SOLVED)
         value, info = blank((shapes.value, shapes.info))
         v = None if shapes.v is None else zeros_like_inexact(w0)
         return owned(HypergradientState(value, w0, v, info, memory, jnp.int32(0)))
 
+    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
+        return blank_state(w0, lam, args, kwargs)
+
     return Hypergradient(init, update, outer, phi)
+
+
+class _Solved(NamedTuple):
+    """The first fields of a `HypergradientState`, after an update."""
+
+    value: jax.Array
+    w: PyTree
+    v: PyTree | None
+    info: HypergradientInfo
+    memory: PyTree
+
+
+def _undifferentiated(run: Callable[[PyTree], tuple[PyTree, PyTree]], x: PyTree) -> Any:
+    """As `jax.vjp` with `has_aux`, without a pullback."""
+    w, aux = run(x)
+    return w, None, aux
 
 
 def check_state(state: object) -> None:
@@ -329,7 +379,3 @@ def check_state(state: object) -> None:
             "`state` of `update` must be what `init` or the last `update` returned, got "
             f"{show(state)}; the order is `update(state, lam)`."
         )
-
-
-def _constant(value: PyTree, *_: PyTree) -> PyTree:
-    return value

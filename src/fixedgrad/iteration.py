@@ -11,11 +11,60 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
-from .replication import steady
-from .types import PyTree, Scalar, SolveInfo, Status, Stopping, solve_info, status_where
+from .errors import check_count, check_number
+from .mapped_axes import steady
+from .types import PyTree, Scalar, SolveInfo, Status, solve_info, status_where
 
 _PATIENCE = 10  # Steps without a smaller residual before a small one counts as rounding, at least.
+
+
+class Stopping(NamedTuple):
+    """Exactly `num_steps`; or, where that is `None`, at most `max_steps` with a tolerance."""
+
+    num_steps: int | None
+    max_steps: int
+    rtol: Scalar
+    atol: Scalar
+
+    def tolerance(self, scale: jax.Array) -> jax.Array:
+        """The residual norm to reach: max(rtol · scale, atol)."""
+        rtol, atol = (jnp.asarray(x, scale.dtype) for x in (self.rtol, self.atol))
+        return jnp.maximum(rtol * scale, atol)
+
+
+def stopping(
+    where: str, num_steps: int | None, max_steps: int | None, rtol: Scalar, atol: Scalar
+) -> Stopping:
+    """Checks the stopping rule of the factory `where`.
+
+    Raises:
+        ValueError: None or both of `num_steps` and `max_steps`, a count that is not a positive
+            integer, a tolerance together with `num_steps`, `rtol` outside [0, 1), a negative or
+            infinite `atol`.
+    """
+    if (num_steps is None) == (max_steps is None):
+        raise ValueError(
+            f"`{where}` needs exactly one of `num_steps` (that many steps) and `max_steps` (at most "
+            f"that many, with `rtol`, `atol`), got num_steps={num_steps!r}, max_steps={max_steps!r}."
+        )
+    for name, count in (("num_steps", num_steps), ("max_steps", max_steps)):
+        if count is not None:
+            check_count(where, name, count)
+    # With a relative tolerance of 1 or more, zero would solve every system.
+    check_number(where, "rtol", rtol, lambda x: 0 <= x < 1, "a number in [0, 1)")
+    check_number(where, "atol", atol, lambda x: 0 <= x < jnp.inf, "a finite number >= 0")
+    for name, tolerance in (("rtol", rtol), ("atol", atol)):
+        concrete = not isinstance(tolerance, Tracer)
+        if num_steps is not None and not (concrete and float(tolerance) == 0):
+            raise ValueError(
+                f"`{where}` with `num_steps` takes exactly that many steps and has no tolerance, "
+                f"got {name}={tolerance!r}; use `max_steps` for early stopping."
+            )
+    # A tolerance that depends on λ is no way in which the solution does.
+    rtol, atol = (lax.stop_gradient(x) if isinstance(x, Tracer) else x for x in (rtol, atol))
+    return Stopping(num_steps, max_steps or 0, rtol, atol)
 
 
 class Measured(NamedTuple):

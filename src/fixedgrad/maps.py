@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from .packing import fresh
+from .errors import check_callable, check_number, check_scalar, shapes_of
+from .leaves import fresh
 from .printing import printed
-from .realify import steepest_ascent
-from .types import Phi, PyTree, Scalar, check_callable, check_number, check_scalar, shapes_of
+from .real_form import steepest_ascent
+from .types import Phi, PyTree, ResidualMap, Scalar
 
 Loss = Callable[..., jax.Array]
 StepSize = Scalar | Callable[..., Scalar]
@@ -44,7 +45,7 @@ class HeavyBallConstants(NamedTuple):
 
 
 @printed
-def gradient_descent(loss: Loss, *, step_size: StepSize) -> Phi:
+def gradient_descent(loss: Loss, *, step_size: StepSize) -> ResidualMap:
     """Gradient descent: Φ(w, λ) = w − α ∇₁ℓ(w, λ).
 
     J = I − α ∇₁²ℓ is symmetric, so `cg` applies. Where ℓ(·, λ) is μ-strongly convex and L-smooth, Φ
@@ -82,15 +83,18 @@ def gradient_descent(loss: Loss, *, step_size: StepSize) -> Phi:
     check_callable("gradient_descent", "loss", loss, "loss(w, *args) -> scalar")
     alpha = _step_size("gradient_descent", step_size)
 
-    def phi(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+    def residual(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         gradient = _gradient("gradient_descent", loss, w, *args, **kwargs)
-        return _descend(w, alpha(*args, **kwargs), gradient)
+        return _scaled(alpha(*args, **kwargs), gradient, w)
 
-    return phi
+    def phi(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        return _subtracted(w, residual(w, *args, **kwargs))
+
+    return ResidualMap(phi, residual)
 
 
 @printed
-def heavy_ball(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
+def heavy_ball(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> ResidualMap:
     """Heavy ball: Φ((w, w₋), λ) = (w − α ∇₁ℓ(w, λ) + β (w − w₋), w).
 
     On quadratics it is a contraction in a norm that depends on ℓ, not in the Euclidean one: errors
@@ -130,17 +134,21 @@ def heavy_ball(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
     check_callable("heavy_ball", "loss", loss, "loss(w, *args) -> scalar")
     alpha, beta = _step_size("heavy_ball", step_size), _momentum("heavy_ball", momentum)
 
-    def phi(state: PyTree, /, *args: PyTree, **kwargs: PyTree) -> Momentum:
+    def residual(state: PyTree, /, *args: PyTree, **kwargs: PyTree) -> Momentum:
         w, previous = _unpacked("heavy_ball", state)
         gradient = _gradient("heavy_ball", loss, w, *args, **kwargs)
-        stepped = _descend(w, alpha(*args, **kwargs), gradient)
-        return Momentum(_extrapolate(stepped, beta, w, previous), w)
+        step = _scaled(alpha(*args, **kwargs), gradient, w)
+        return Momentum(_extrapolate(step, -beta, w, previous), _subtracted(previous, w))
 
-    return phi
+    def phi(state: PyTree, /, *args: PyTree, **kwargs: PyTree) -> Momentum:
+        w, _ = _unpacked("heavy_ball", state)
+        return Momentum(_subtracted(w, residual(state, *args, **kwargs).w), w)
+
+    return ResidualMap(phi, residual)
 
 
 @printed
-def nesterov(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
+def nesterov(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> ResidualMap:
     """Nesterov's method with constant momentum: y = w + β (w − w₋), Φ = (y − α ∇₁ℓ(y, λ), w).
 
     For α = 1/L and β = (√κ − 1)/(√κ + 1) the rate is 1 − 1/√κ: of w on quadratics, of the values of
@@ -178,13 +186,17 @@ def nesterov(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> Phi:
     check_callable("nesterov", "loss", loss, "loss(w, *args) -> scalar")
     alpha, beta = _step_size("nesterov", step_size), _momentum("nesterov", momentum)
 
-    def phi(state: PyTree, /, *args: PyTree, **kwargs: PyTree) -> Momentum:
+    def residual(state: PyTree, /, *args: PyTree, **kwargs: PyTree) -> Momentum:
         w, previous = _unpacked("nesterov", state)
-        y = _extrapolate(w, beta, w, previous)
-        gradient = _gradient("nesterov", loss, y, *args, **kwargs)
-        return Momentum(_descend(y, alpha(*args, **kwargs), gradient), w)
+        gradient = _gradient("nesterov", loss, _extrapolate(w, beta, w, previous), *args, **kwargs)
+        step = _scaled(alpha(*args, **kwargs), gradient, w)
+        return Momentum(_extrapolate(step, -beta, w, previous), _subtracted(previous, w))
 
-    return phi
+    def phi(state: PyTree, /, *args: PyTree, **kwargs: PyTree) -> Momentum:
+        w, _ = _unpacked("nesterov", state)
+        return Momentum(_subtracted(w, residual(state, *args, **kwargs).w), w)
+
+    return ResidualMap(phi, residual)
 
 
 @printed
@@ -231,7 +243,8 @@ def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Phi:
 
     def phi(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         step = alpha(*args, **kwargs)
-        v = _descend(w, step, _gradient("proximal_gradient", loss, w, *args, **kwargs))
+        gradient = _gradient("proximal_gradient", loss, w, *args, **kwargs)
+        v = _subtracted(w, _scaled(step, gradient, w))
         return prox(v, step, *args, **kwargs)
 
     return phi
@@ -272,8 +285,11 @@ def damped(phi: Phi, *, damping: Scalar) -> Phi:
         Krasnosel'skii, Two remarks on the method of successive approximations, 1955.
     """
     check_callable("damped", "phi", phi, "phi(w, *args) -> w")
-    phi = fresh(phi)
     check_number("damped", "damping", damping, lambda x: 0 <= x < 1, "a number in [0, 1)")
+
+    def residual(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        of_phi = phi.residual  # pyright: ignore[reportAttributeAccessIssue]
+        return _scaled(1 - jnp.asarray(damping), fresh(of_phi)(w, *args, **kwargs), w)
 
     def damped_phi(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         step = 1 - jnp.asarray(damping)
@@ -281,9 +297,9 @@ def damped(phi: Phi, *, damping: Scalar) -> Phi:
         def mix(x: jax.Array, y: jax.Array) -> jax.Array:
             return x + step.astype(jnp.result_type(y)) * (y - x) if _inexact(y) else y
 
-        return jax.tree.map(mix, w, phi(w, *args, **kwargs))
+        return jax.tree.map(mix, w, fresh(phi)(w, *args, **kwargs))
 
-    return damped_phi
+    return ResidualMap(damped_phi, residual) if isinstance(phi, ResidualMap) else damped_phi
 
 
 def optimal_step_size(L: Scalar, mu: Scalar) -> GradientDescentConstants:
@@ -362,12 +378,18 @@ def _gradient(where: str, loss: Loss, w: PyTree, /, *args: PyTree, **kwargs: PyT
     return steepest_ascent(jax.grad(scalar_loss, allow_int=True)(w))
 
 
-def _descend(w: PyTree, step: Scalar, direction: PyTree) -> PyTree:
-    def leaf(x: jax.Array, d: jax.Array) -> jax.Array:
-        # The step size takes the dtype of the leaf, so that Φ keeps the dtypes of w.
-        return x - jnp.asarray(step, jnp.result_type(d)) * d if _inexact(x) else x
+def _scaled(step: Scalar, direction: PyTree, w: PyTree) -> PyTree:
+    """Step · direction; leaves of w that are not inexact in their places."""
 
-    return jax.tree.map(leaf, w, direction)
+    def leaf(d: jax.Array, x: jax.Array) -> jax.Array:
+        # The step size takes the dtype of the leaf, so that Φ keeps the dtypes of w.
+        return jnp.asarray(step, jnp.result_type(d)) * d if _inexact(x) else x
+
+    return jax.tree.map(leaf, direction, w)
+
+
+def _subtracted(w: PyTree, change: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, d: x - d if _inexact(x) else x, w, change)
 
 
 def _extrapolate(y: PyTree, beta: Scalar, w: PyTree, previous: PyTree) -> PyTree:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from .types import shapes_of
+from .errors import shapes_of
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 

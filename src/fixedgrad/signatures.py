@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from .types import PyTree, show
+from .errors import show
+from .types import PyTree
 
 
 def same_arguments(

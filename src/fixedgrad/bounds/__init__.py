@@ -22,18 +22,18 @@ References:
     M. Hestenes, E. Stiefel, "Methods of Conjugate Gradients", 1952, Theorem 6:3: no error grows.
 """
 
-from .known import Coefficients as Coefficients
-from .known import Constants as Constants
-from .known import constants as constants
-from .known import contraction_constants as contraction_constants
+from .constants import Coefficients as Coefficients
+from .constants import Constants as Constants
+from .constants import constants as constants
+from .constants import contraction_constants as contraction_constants
+from .iterations import aid_cg_steps as aid_cg_steps
+from .iterations import aid_fp_steps as aid_fp_steps
+from .iterations import cg_steps as cg_steps
+from .iterations import itd_steps as itd_steps
 from .rates import Rate as Rate
 from .rates import cg_rate as cg_rate
 from .rates import fp_rate as fp_rate
 from .rates import gradient_descent_rate as gradient_descent_rate
-from .steps import aid_cg_steps as aid_cg_steps
-from .steps import aid_fp_steps as aid_fp_steps
-from .steps import cg_steps as cg_steps
-from .steps import itd_steps as itd_steps
 from .theorems import aid as aid
 from .theorems import aid_fp as aid_fp
 from .theorems import itd as itd

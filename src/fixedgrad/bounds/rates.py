@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import jax.numpy as jnp
 
-from .known import Constants, Real, check_constants, count, require
+from .constants import Constants, Real, check_constants, count, require
 
 
 class Rate(Protocol):

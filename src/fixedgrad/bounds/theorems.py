@@ -1,6 +1,6 @@
 """Bounds on iterates, their derivatives and hypergradients: Proposition 2.1, Theorems 2.1 to 2.4."""
 
-from .known import Constants, Real, check_constants, constants, count, require
+from .constants import Constants, Real, check_constants, constants, count, require
 from .rates import Rate, fp_rate
 
 

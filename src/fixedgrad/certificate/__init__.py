@@ -8,7 +8,7 @@ from .adaptive import adaptive_hypergradient as adaptive_hypergradient
 from .certified import certified as certified
 from .certified import polished as polished
 from .certify import Certificate as Certificate
+from .certify import CertificateStatus as CertificateStatus
 from .certify import Level as Level
-from .certify import Reason as Reason
 from .certify import certify as certify
 from .lagrangian import Products as Products

@@ -8,12 +8,20 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from ..compiled import compiled
+from ..errors import check_callable, check_count, check_number, check_same
 from ..failure import check_on_failure, enforce
-from ..hypergradient import Hypergradient, HypergradientInfo, HypergradientState, check_state
-from ..lower import solve_with_info
-from ..packing import (
+from ..hypergradient import (
+    WARM,
+    Hypergradient,
+    HypergradientInfo,
+    HypergradientState,
+    Start,
+    check_start,
+    check_state,
+)
+from ..leaves import (
     blank,
-    eval_shape,
     owned,
     partition,
     settled_lam,
@@ -21,9 +29,11 @@ from ..packing import (
     strongly_typed,
     zeros_like_inexact,
 )
+from ..lower import solve_with_info
+from ..mapped_axes import placed_like
 from ..printing import by_name, printed
-from ..realify import norm
-from ..replication import placed_like
+from ..problem import Problem
+from ..real_form import norm
 from ..types import (
     LinearSolver,
     OnFailure,
@@ -33,17 +43,13 @@ from ..types import (
     Scalar,
     Solver,
     Status,
-    check_callable,
-    check_count,
-    check_number,
-    check_same,
     is_failure,
     solve_info,
     status_where,
 )
 from .certify import Certificate, assess
-from .dual_weighted import Seen, dual_weighted, nothing_seen, single
-from .lagrangian import Packed, Products, check_factory, krylov, lagrangian, pack, ratio
+from .dual_weighted import LooseSolves, dual_weighted, estimate_once, no_solves
+from .lagrangian import Products, check_factory, krylov, ratio, stated
 from .newton import LOOSE, newton_krylov, products_of
 
 tree = optax.tree
@@ -67,6 +73,7 @@ def adaptive_hypergradient(
     max_products: int = 100_000,
     linear_solver: Callable[[Scalar], LinearSolver] = krylov,
     solver: Solver = _stay,
+    start: Start = WARM,
     safety: Scalar = 1.25,
     on_failure: OnFailure = "nan",
 ) -> Hypergradient:
@@ -82,9 +89,9 @@ def adaptive_hypergradient(
     Near a minimum of f the terms of ∇f cancel. Where the error left is rounding, and is below rtol
     times the size of these terms, the request counts as met, with the status `AT_FLOOR`.
 
-    Every update starts from the w and v of the last one: in an outer loop most of the work is done
-    already. For a descent direction a relative error below 1 suffices: loose tolerances early are
-    sound.
+    Every update starts from the w and v of the last one, by default: in an outer loop most of the work
+    is done already. For a descent direction a relative error below 1 suffices: loose tolerances early
+    are sound.
 
     Cost: measured in `state.certificate.products`; about a Newton–Krylov solve for w, one solve for v
     and two estimates. Memory: that of the linear solver (`gmres`: 54 vectors).
@@ -103,6 +110,7 @@ def adaptive_hypergradient(
         solver: `solver(w, lam, *args, **kwargs) -> w`, run in each update before anything else: the
             Newton–Krylov steps start at its result. By default they start at the last w itself. A
             solver of yours is the one that knows which fixed point is meant, where there are several.
+        start: Where w and v of an update start: `warm()` at those of the last that succeeded.
         safety: Factor on the estimate.
         on_failure: What becomes of a gradient that missed the tolerance: "nan", "warn", "raise" or
             "ignore". The state says how far it came in any case.
@@ -130,19 +138,20 @@ def adaptive_hypergradient(
     check_number(where, "atol", atol, lambda x: x >= 0, "a number >= 0")
     check_number(where, "safety", safety, lambda x: x >= 1, "a number >= 1")
     check_count(where, "max_products", max_products)
+    check_start(f"`start` of `{where}`", start)
     check_on_failure(where, on_failure)
 
-    def start(packed: Packed, w: PyTree, v: PyTree) -> _Round:
+    def first_round(problem: Problem, w: PyTree, v: PyTree) -> _Round:
         tau = jnp.zeros_like(norm(w))
-        seen = nothing_seen(tau)
+        solves = no_solves(tau)
 
         def like() -> Certificate:
             return assess(
-                packed,
-                single(
-                    packed,
-                    dual_weighted(packed, w, v, linear_solver, LOOSE, seen, split=False),
-                    seen,
+                problem,
+                estimate_once(
+                    problem,
+                    dual_weighted(problem, w, v, linear_solver, LOOSE, solves, split=False),
+                    solves,
                 ),
                 None,
                 safety,
@@ -151,23 +160,27 @@ def adaptive_hypergradient(
         certificate = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(like))
         zero, false = jnp.int32(0), jnp.asarray(False)
         spent = Products(zero, zero, zero)
-        return _Round(w, v, tau, tau, seen, certificate, spent, zero, false, false, false)
+        return _Round(w, v, tau, tau, solves, certificate, spent, zero, false, false, false)
 
-    def one_round(packed: Packed, s: _Round) -> _Round:
+    def one_round(problem: Problem, s: _Round) -> _Round:
         dtype = norm(s.w).dtype
         # At first to relative residuals of half the tolerance: where A is well conditioned this is
         # enough, and one round will do.
         goal = jnp.asarray(rtol, dtype)
         goal = jnp.where(s.rounds == 0, 0.5 * jnp.where(goal > 0, goal, LOOSE), 0.0)
-        w, gain_w, left_w, spent = newton_krylov(
-            packed, s.w, s.tau_w, s.products, linear_solver, max_products, goal
+        w, amplification_w, residual_w, spent = newton_krylov(
+            problem, s.w, s.tau_w, s.products, linear_solver, max_products, goal
         )
-        v, gain_v, left_v, spent = _bring_down(packed, w, s.v, s.tau_v, spent, linear_solver, goal)
-        seen = s.seen.then(Seen(gain_w, gain_v, left_w, left_v))
-        p = dual_weighted(packed, w, v, linear_solver, LOOSE, seen, split=False)
-        c = single(packed, p, seen)
+        v, amplification_v, residual_v, spent = _bring_down(
+            problem, w, s.v, s.tau_v, spent, linear_solver, goal
+        )
+        solves = s.solves.then(
+            LooseSolves(amplification_w, amplification_v, residual_w, residual_v)
+        )
+        p = dual_weighted(problem, w, v, linear_solver, LOOSE, solves, split=False)
+        c = estimate_once(problem, p, solves)
         spent = jax.tree.map(jnp.add, spent, c.products)
-        certificate = assess(packed, c, None, safety)._replace(products=spent)
+        certificate = assess(problem, c, None, safety)._replace(products=spent)
         tol = jnp.maximum(
             jnp.asarray(rtol, dtype) * norm(certificate.polished), jnp.asarray(atol, dtype)
         )
@@ -191,7 +204,7 @@ def adaptive_hypergradient(
         shrink_w = jnp.where(certificate.valid, shrink_w, LOOSE)
         shrink_v = jnp.where(certificate.valid, shrink_v, LOOSE)
         # The pass has already brought (w, v) to (w⁺, v⁺).
-        improved = (c.left_w <= 0.5) & jnp.isfinite(certificate.error)
+        improved = (c.reduction_w <= 0.5) & jnp.isfinite(certificate.error)
         w, v = tree.where(improved & ~(met | met_at_floor), (p.w, p.v), (w, v))
         # Twice at the floor of the dtype, or not finite: there is nothing to gain any more.
         stuck = (certificate.at_floor & s.certificate.at_floor) | ~jnp.isfinite(norm(w))
@@ -200,7 +213,7 @@ def adaptive_hypergradient(
             v,
             shrink_w * p.r_w,
             shrink_v * p.r_v,
-            c.seen,
+            c.solves,
             certificate,
             spent,
             s.rounds + 1,
@@ -213,18 +226,18 @@ def adaptive_hypergradient(
         affordable = sum(s.products) < max_products
         return ~s.met & ~s.stuck & affordable & (s.rounds < _MAX_ROUNDS)
 
-    def update(
-        state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
+    @compiled
+    def solved(
+        memory: PyTree, lam: PyTree, args: Any, kwargs: Any
     ) -> tuple[PyTree, HypergradientState]:
-        check_state(state)
-        w0, v0 = state.memory
-        solved, _ = solve_with_info(solver, w0, lam, *args, **kwargs)
-        check_same(where, solved, w0, "`solver(w, ...)`", "`w0`")
-        solved = strongly_typed(solved)
-        packed = pack(where, outer, phi, solved, lam, args, kwargs)
-        finite = jnp.isfinite(norm(packed.w))
-        s = start(packed, tree.where(finite, packed.w, partition(w0)[0]), partition(v0)[0])
-        s = lax.while_loop(unfinished, lambda s: one_round(packed, s), s)
+        w0, v0 = start.propose(memory)
+        v0 = zeros_like_inexact(w0) if v0 is None else v0
+        w, _ = solve_with_info(solver, w0, lam, *args, **kwargs)
+        check_same(where, w, w0, "`solver(w, ...)`", "`w0`")
+        problem = stated(where, outer, phi, strongly_typed(w), lam, args, kwargs)
+        finite = jnp.isfinite(norm(problem.w))
+        s = first_round(problem, tree.where(finite, problem.w, partition(w0)[0]), partition(v0)[0])
+        s = lax.while_loop(unfinished, lambda s: one_round(problem, s), s)
 
         c = s.certificate
         missed = status_where(jnp.isfinite(c.error), Status.MAX_STEPS, Status.NON_FINITE)
@@ -234,24 +247,32 @@ def adaptive_hypergradient(
         linear = solve_info(s.products.jt, c.residual_v, status)
         grad = placed_like(c.polished, lam)
         grad = enforce(on_failure, "hypergradient to its tolerance", lower, grad)
-        w, v = packed.join_w(s.w), packed.join_w(s.v)
-        memory = tree.where(is_failure(status), state.memory, (w, v))
-        value = packed.outer(s.w, packed.x)
-        return grad, HypergradientState(
-            value, w, v, HypergradientInfo(lower, linear), memory, state.num_updates + 1, c
-        )
+        w, v = problem.join_w(s.w), problem.join_w(s.v)
+        recorded = start.record(memory, w, v)
+        memory = tree.where(is_failure(status), memory, recorded)
+        value, info = problem.outer(s.w, problem.x), HypergradientInfo(lower, linear)
+        return grad, HypergradientState(value, w, v, info, owned(memory), jnp.int32(0), c)
 
-    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
+    def update(
+        state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
+    ) -> tuple[PyTree, HypergradientState]:
+        check_state(state)
+        grad, new = solved(state.memory, lam, args, kwargs)
+        return grad, new._replace(num_updates=state.num_updates + 1)
+
+    @compiled
+    def blank_state(w0: PyTree, lam: PyTree, args: Any, kwargs: Any) -> HypergradientState:
         w0 = started(where, phi, w0, (lam, *args), kwargs)
-        lam = settled_lam(lam, w0)
-        memory = w0, zeros_like_inexact(w0)
-        nothing: Any = None
-        state = HypergradientState(nothing, w0, nothing, nothing, memory, jnp.int32(0))
-        _, shapes = eval_shape(update, state, lam, *args, **kwargs)
+        v_zero = zeros_like_inexact(w0)
+        memory = start.init(w0, v_zero)
+        _, shapes = solved.eval_shape(memory, settled_lam(lam, w0), args, kwargs)
         # Not w, v and the memory: they may hold keys, and are known.
         info, certificate, value = blank((shapes.info, shapes.certificate, shapes.value))
-        state = HypergradientState(value, w0, memory[1], info, memory, jnp.int32(0), certificate)
+        state = HypergradientState(value, w0, v_zero, info, memory, jnp.int32(0), certificate)
         return owned(state)
+
+    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
+        return blank_state(w0, lam, args, kwargs)
 
     return Hypergradient(init, update, outer, phi)
 
@@ -266,7 +287,7 @@ class _Round(NamedTuple):
     v: PyTree
     tau_w: jax.Array
     tau_v: jax.Array
-    seen: Seen
+    solves: LooseSolves
     certificate: Certificate
     products: Products
     rounds: jax.Array
@@ -276,7 +297,7 @@ class _Round(NamedTuple):
 
 
 def _bring_down(
-    packed: Packed,
+    problem: Problem,
     w: PyTree,
     v: PyTree,
     tau: jax.Array,
@@ -287,17 +308,18 @@ def _bring_down(
     """Brings ‖∇₁E − Aᵀv‖ to `tau`, or to `goal` ‖∇₁E‖ if that is more, by one solve.
 
     Returns:
-        v, the gain of the solve and the residual that it left (see `Seen`), what was spent in all.
+        v, the amplification by the solve and the residual that it left (see `LooseSolves`), and what
+        was spent in all.
     """
-    _, r_v, _, b = lagrangian(packed, w, v)
-    _, vjp = jax.vjp(lambda u: packed.phi(u, packed.x), w)
+    _, r_v, _, b = problem.gradients(w, v)
+    jt = problem.equation.vjp(w, problem.x).j
     size = norm(r_v)
     target = jnp.maximum(tau, goal * norm(b))
     rtol = jnp.clip(target / jnp.where(size > 0, size, 1.0), 1e-12, 1.0)
-    dv, info = linear_solver(rtol)(lambda u: vjp(u)[0], r_v)
+    dv, info = linear_solver(rtol)(jt, r_v)
     better = jnp.isfinite(norm(dv))
     solved = better & (info.num_steps > 0)
-    gain = jnp.where(solved, ratio(norm(dv), size), 0.0)
+    amplification = jnp.where(solved, ratio(norm(dv), size), 0.0)
     left = jnp.where(solved, rtol * size, jnp.inf)
     spent = spent._replace(phi=spent.phi + 1, jt=spent.jt + products_of(info) + 1)
-    return tree.where(better, tree.add(v, dv), v), gain, left, spent
+    return tree.where(better, tree.add(v, dv), v), amplification, left, spent

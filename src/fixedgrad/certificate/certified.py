@@ -1,18 +1,21 @@
 """Certificates in the explicit form: `certified` and `polished` transform a `Hypergradient`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import optax
 from jax import lax
 
 from ..bounds import Constants
+from ..compiled import compiled
+from ..errors import check_count
 from ..hypergradient import Hypergradient, HypergradientState
-from ..packing import blank, eval_shape
+from ..leaves import blank, eval_shape
+from ..mapped_axes import placed_like
 from ..printing import printed
-from ..realify import norm
-from ..replication import placed_like
-from ..types import LinearSolver, PyTree, Scalar, check_count
+from ..real_form import norm
+from ..types import LinearSolver, PyTree, Scalar
 from .certify import Certificate, Level, Options, certificate_of, check_options
 from .lagrangian import krylov
 
@@ -135,8 +138,9 @@ def _with_certificate(
             where, outer, phi, state.w, state.v, lam, args, kwargs, given, options
         )
 
-    def update(
-        state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
+    @compiled
+    def updated(
+        state: HypergradientState, lam: PyTree, args: Any, kwargs: Any
     ) -> tuple[PyTree, HypergradientState]:
         due = state.num_updates % every == 0
         before = state.certificate
@@ -148,6 +152,11 @@ def _with_certificate(
                 due, lambda: answer(grad, state, lam, *args, **kwargs), lambda: before
             )
         return placed_like(choose(grad, certificate), lam), state._replace(certificate=certificate)
+
+    def update(
+        state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
+    ) -> tuple[PyTree, HypergradientState]:
+        return updated(state, lam, args, kwargs)
 
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
         state = inner_init(w0, lam, *args, **kwargs)

@@ -6,8 +6,9 @@ With the Lagrangian L(w, λ, v) = E(w, λ) + ⟨v, Φ(w, λ) − w⟩ these are 
 """
 
 import enum
+import functools
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +16,14 @@ import optax
 
 from .. import printing
 from ..bounds import Constants
-from ..packing import partition, split_lam, split_static
-from ..realify import norm
-from ..types import (
-    LinearSolver,
-    Outer,
-    Phi,
-    PyTree,
-    Scalar,
-    check_number,
-    check_same,
-)
-from .dual_weighted import Refined, refine
-from .lagrangian import Packed, Products, check_factory, krylov, pack, solve_v
+from ..compiled import compiled_for
+from ..errors import check_number, check_same
+from ..leaves import partition
+from ..problem import Problem
+from ..real_form import norm
+from ..types import LinearSolver, Outer, Phi, PyTree, Scalar
+from .dual_weighted import RefinedEstimate, refine
+from .lagrangian import Products, check_factory, krylov, solve_v, stated
 from .options import NO_KWARGS, check_kwargs
 from .proved import bound
 
@@ -38,8 +34,8 @@ Level = Literal["estimate", "proved"]
 _MAX_PASSES = 6
 
 
-class Reason(enum.IntEnum):
-    """Why a certificate is not valid. An array of it is int32; `Reason(int(c.reason))` names it."""
+class CertificateStatus(enum.IntEnum):
+    """Why a certificate is not valid. An array of it is int32; `CertificateStatus(int(x))` names it."""
 
     VALID = 0
     """Nothing speaks against it."""
@@ -79,7 +75,7 @@ class Certificate(NamedTuple):
         residual_v: ‖∇₁E − (I − Jᵀ)v‖.
         products: What was spent, a `Products`.
         valid: Whether `error` can be relied on.
-        reason: A `Reason`, int32.
+        status: A `CertificateStatus`, int32.
         at_floor: The residual of w is rounding: the correction brings nothing.
         level: 0 for "estimate", 1 for "proved".
     """
@@ -95,21 +91,21 @@ class Certificate(NamedTuple):
     residual_v: jax.Array
     products: Products
     valid: jax.Array
-    reason: jax.Array
+    status: jax.Array
     at_floor: jax.Array
     level: jax.Array
 
     def __repr__(self) -> str:
-        known = printing.values_of(self.relative_error, self.valid, self.reason, self.level)
+        known = printing.values_of(self.relative_error, self.valid, self.status, self.level)
         if known is None:
             return printing.shapes_in(self)
-        error, valid, reason, level = known
+        error, valid, status, level = known
         unnamed = {True: "valid", False: "none yet"}
         names = [
-            printing.member(Reason, r) if r else unnamed[bool(v)]
-            for r, v in zip(reason.ravel(), valid.ravel(), strict=True)
+            printing.member(CertificateStatus, r) if r else unnamed[bool(v)]
+            for r, v in zip(status.ravel(), valid.ravel(), strict=True)
         ]
-        if reason.ndim:
+        if status.ndim:
             return printing.record(self, printing.tally("certificate", names))
         sign = "<= " if level else ""
         return printing.record(self, f"relative error {sign}{printing.number(error)}", names[0])
@@ -157,7 +153,7 @@ def certify(
 
         error = safety (‖ĝ − g⁺‖ + ‖est_last‖ θ / (1 − θ)) + rounding.
 
-    It is an estimate. `valid` is false where something was seen that speaks against it: see `Reason`.
+    It is an estimate. `valid` is false where something speaks against it: see `CertificateStatus`.
 
     Level "proved", an upper bound from constants of the caller, with ε = ‖r_w‖/μ and L = ‖B‖:
 
@@ -211,7 +207,7 @@ def certify(
     >>> outer = lambda w, lam: w**2
     >>> w = fg.picard(phi, num_steps=5)(0.0, 0.3)
     >>> certificate = fg.certify(outer, phi, w, 1.0, 0.3)
-    >>> bool(certificate.valid), fg.Reason(int(certificate.reason)).name
+    >>> bool(certificate.valid), fg.CertificateStatus(int(certificate.status)).name
     (True, 'VALID')
 
     References:
@@ -256,42 +252,50 @@ def certificate_of(
     check_options(where, options)
     level, constants, solve_rtol, safety, linear_solver = options
     del level  # The constants say it.
-    # In one compiled program, not one for each operation, where the caller has none; λ's leaves that
-    # are no arrays can be no output of it.
-    layout, arrays = split_static(
-        (w, v, lam, args, kwargs, constants, gradient, solve_rtol, safety)
-    )
 
-    def compute(arrays: list[jax.Array]) -> Certificate:
-        w, v, lam, args, kwargs, constants, gradient, solve_rtol, safety = layout.join(arrays)
-        packed = pack(where, outer, phi, w, lam, args, kwargs)
-        packed = packed._replace(join_gradient=lambda x: x)
-        extra = jnp.int32(0)
-        if v is None:
-            v_x, extra = solve_v(packed, linear_solver(solve_rtol))
-        else:
-            v, w = jax.tree.map(jnp.asarray, (v, w))
-            check_same(where, v, w, "`v`", "`w`")
-            v_x = partition(v)[0]
-        given = None
-        if gradient is not None:
-            given = partition(jax.tree.map(jnp.asarray, gradient))[0]
-            check_same(where, given, packed.x, "`gradient`", "`lam` (its inexact leaves)")
-        if constants is not None:
-            return _proved(packed, v_x, constants, given)
-        passes = refine(packed, packed.w, v_x, linear_solver, solve_rtol, _MAX_PASSES)
-        return assess(packed, passes, given, safety, extra)
+    def made(outer: Outer, phi: Phi, linear_solver: Callable[[Scalar], LinearSolver]) -> Any:
+        return functools.partial(_compute, where, outer, phi, linear_solver)
 
-    certificate = jax.jit(compute)(arrays)
-    _, _, join_gradient = split_lam(where, lam)
-    return certificate._replace(
-        gradient=join_gradient(certificate.gradient), polished=join_gradient(certificate.polished)
-    )
+    compute = compiled_for((outer, phi, linear_solver), where, made)
+    return compute(w, v, lam, args, kwargs, constants, gradient, solve_rtol, safety)
+
+
+def _compute(
+    where: str,
+    outer: Outer,
+    phi: Phi,
+    linear_solver: Callable[[Scalar], LinearSolver],
+    w: PyTree,
+    v: PyTree | None,
+    lam: PyTree,
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
+    constants: Constants | None,
+    gradient: PyTree | None,
+    solve_rtol: Scalar,
+    safety: Scalar,
+) -> Certificate:
+    problem = stated(where, outer, phi, w, lam, args, kwargs)
+    extra = jnp.int32(0)
+    if v is None:
+        v_x, extra = solve_v(problem, linear_solver(solve_rtol))
+    else:
+        v, w = jax.tree.map(jnp.asarray, (v, w))
+        check_same(where, v, w, "`v`", "`w`")
+        v_x = partition(v)[0]
+    given = None
+    if gradient is not None:
+        given = partition(jax.tree.map(jnp.asarray, gradient))[0]
+        check_same(where, given, problem.x, "`gradient`", "`lam` (its inexact leaves)")
+    if constants is not None:
+        return _proved(problem, v_x, constants, given)
+    passes = refine(problem, problem.w, v_x, linear_solver, solve_rtol, _MAX_PASSES)
+    return assess(problem, passes, given, safety, extra)
 
 
 def assess(
-    packed: Packed,
-    s: Refined,
+    problem: Problem,
+    s: RefinedEstimate,
     given: PyTree | None,
     safety: Scalar,
     extra_products: jax.Array | int = 0,
@@ -305,18 +309,21 @@ def assess(
     # A comparison with NaN is false, and may have ended a solve at once with a correction of 0.
     error = jnp.where(jnp.isfinite(p.r_w + p.r_v + norm(gradient)), error, jnp.nan)
 
-    reason = jnp.int32(Reason.VALID)
+    status = jnp.int32(CertificateStatus.VALID)
     for holds, otherwise in (
-        (~s.unseen, Reason.REMAINDER),
-        (jnp.maximum(s.change - whole, s.rest) <= 0.5 * whole + p.rounding, Reason.REMAINDER),
-        (s.left_v <= 0.5, Reason.KINK),
-        (~s.repels, Reason.REPELLED),
-        (s.left_w <= 0.5, Reason.FAR),
-        (s.solved, Reason.SOLVE_FAILED),
-        (jnp.isfinite(error), Reason.NON_FINITE),
+        (~s.missed, CertificateStatus.REMAINDER),
+        (
+            jnp.maximum(s.change - whole, s.rest) <= 0.5 * whole + p.rounding,
+            CertificateStatus.REMAINDER,
+        ),
+        (s.reduction_v <= 0.5, CertificateStatus.KINK),
+        (~s.repels, CertificateStatus.REPELLED),
+        (s.reduction_w <= 0.5, CertificateStatus.FAR),
+        (s.solved, CertificateStatus.SOLVE_FAILED),
+        (jnp.isfinite(error), CertificateStatus.NON_FINITE),
     ):
-        reason = jnp.where(holds, reason, jnp.int32(otherwise))
-    valid = reason == Reason.VALID
+        status = jnp.where(holds, status, jnp.int32(otherwise))
+    valid = status == CertificateStatus.VALID
     # Where all of the difference may be rounding the correction is no better than what it corrects.
     better = valid & ((whole > p.rounding) if given is None else True)
     polished = tree.where(better, s.end, gradient)
@@ -327,24 +334,28 @@ def assess(
         lower_part=norm(p.lower),
         linear_part=norm(p.linear),
         remainder=s.rest,
-        gradient=packed.join_gradient(gradient),
-        polished=packed.join_gradient(polished),
+        gradient=problem.join_gradient(gradient),
+        polished=problem.join_gradient(polished),
         residual_w=p.r_w,
         residual_v=p.r_v,
         products=s.products._replace(jt=jt),
         valid=valid,
-        reason=reason,
+        status=status,
         at_floor=p.r_w <= p.noise_w,
         level=jnp.int32(0),
     )
 
 
-def _proved(packed: Packed, v: PyTree, c: Constants, given: PyTree | None) -> Certificate:
+def _proved(problem: Problem, v: PyTree, c: Constants, given: PyTree | None) -> Certificate:
     """The certificate of level "proved"."""
-    b = bound(packed, v, c, given)
-    reason = jnp.where(b.holds, jnp.int32(Reason.VALID), jnp.int32(Reason.CONSTANT_CONTRADICTED))
-    reason = jnp.where(jnp.isfinite(b.error), reason, jnp.int32(Reason.NON_FINITE))
-    gradient = packed.join_gradient(b.gradient)
+    b = bound(problem, v, c, given)
+    status = jnp.where(
+        b.holds,
+        jnp.int32(CertificateStatus.VALID),
+        jnp.int32(CertificateStatus.CONSTANT_CONTRADICTED),
+    )
+    status = jnp.where(jnp.isfinite(b.error), status, jnp.int32(CertificateStatus.NON_FINITE))
+    gradient = problem.join_gradient(b.gradient)
     return Certificate(
         error=b.error,
         relative_error=_relative(b.error, gradient),
@@ -356,8 +367,8 @@ def _proved(packed: Packed, v: PyTree, c: Constants, given: PyTree | None) -> Ce
         residual_w=b.residual_w,
         residual_v=b.residual_v,
         products=b.products,
-        valid=reason == Reason.VALID,
-        reason=reason,
+        valid=status == CertificateStatus.VALID,
+        status=status,
         at_floor=b.at_floor,
         level=jnp.int32(1),
     )

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..realify import inner, norm, random_signs, resolution
-from ..types import LinearSolver, PyTree, Scalar, failed
-from .lagrangian import Packed, Products, lagrangian, ratio
+from ..problem import Problem
+from ..real_form import inner, norm, random_signs, resolution
+from ..types import Jacobian, LinearSolver, MatVec, PyTree, Scalar, failed
+from .lagrangian import Products, ratio
 
 tree = optax.tree
 
@@ -28,8 +29,8 @@ _PROBES = 20  # Products that look for a fixed point that Φ leaves.
 _UNSEEN = 2.0  # A gain that grows by more than this shows an error that was not seen before.
 
 
-class Seen(NamedTuple):
-    """What loose solves with A (for w) and Aᵀ (for v) have shown so far.
+class LooseSolves(NamedTuple):
+    """What solves with A (for w) and Aᵀ (for v), to loose tolerances, have shown so far.
 
     A Krylov method brings a residual down along the large singular values of A first. Where A is
     ill-conditioned a loose solve has missed what lies along the small ones, which may be most of the
@@ -37,39 +38,39 @@ class Seen(NamedTuple):
     there is amplified more.
 
     Attributes:
-        gain_w: The largest ‖A⁻¹r‖/‖r‖ of a right-hand side r.
-        gain_v: The largest ‖A⁻ᵀb‖/‖b‖ of a right-hand side b.
-        left_w: The residual norm that the last solve for w left; infinity before the first.
-        left_v: The same for v.
+        amplification_w: The largest ‖A⁻¹r‖/‖r‖ of a right-hand side r.
+        amplification_v: The largest ‖A⁻ᵀb‖/‖b‖ of a right-hand side b.
+        residual_w: The residual norm that the last solve for w left; infinity before the first.
+        residual_v: The same for v.
     """
 
-    gain_w: jax.Array
-    gain_v: jax.Array
-    left_w: jax.Array
-    left_v: jax.Array
+    amplification_w: jax.Array
+    amplification_v: jax.Array
+    residual_w: jax.Array
+    residual_v: jax.Array
 
-    def exceeded_by(self, later: "Seen") -> jax.Array:
+    def exceeded_by(self, later: "LooseSolves") -> jax.Array:
         """Whether later solves found what these had missed."""
-        more_w = later.gain_w > _UNSEEN * self.gain_w
-        return more_w | (later.gain_v > _UNSEEN * self.gain_v)
+        more_w = later.amplification_w > _UNSEEN * self.amplification_w
+        return more_w | (later.amplification_v > _UNSEEN * self.amplification_v)
 
-    def then(self, later: "Seen") -> "Seen":
+    def then(self, later: "LooseSolves") -> "LooseSolves":
         """Of both, in this order."""
-        return Seen(
-            jnp.maximum(self.gain_w, later.gain_w),
-            jnp.maximum(self.gain_v, later.gain_v),
-            jnp.where(jnp.isfinite(later.left_w), later.left_w, self.left_w),
-            jnp.where(jnp.isfinite(later.left_v), later.left_v, self.left_v),
+        return LooseSolves(
+            jnp.maximum(self.amplification_w, later.amplification_w),
+            jnp.maximum(self.amplification_v, later.amplification_v),
+            jnp.where(jnp.isfinite(later.residual_w), later.residual_w, self.residual_w),
+            jnp.where(jnp.isfinite(later.residual_v), later.residual_v, self.residual_v),
         )
 
 
-def nothing_seen(like: jax.Array) -> Seen:
+def no_solves(like: jax.Array) -> LooseSolves:
     """Before the first solve."""
     zero = jnp.zeros_like(like)
-    return Seen(zero, zero, zero + jnp.inf, zero + jnp.inf)
+    return LooseSolves(zero, zero, zero + jnp.inf, zero + jnp.inf)
 
 
-class Pass(NamedTuple):
+class Estimate(NamedTuple):
     """What one pass at (w, v) gives; sizes are norms.
 
     Attributes:
@@ -85,7 +86,7 @@ class Pass(NamedTuple):
         noise_v: What of `right` may be rounding.
         terms: ‖ĝ‖ + ‖Bᵀv‖: what ĝ is made of.
         noise: What of ‖ĝ‖ may be rounding.
-        seen: What its two solves show.
+        solves: What its two solves show.
         products: A `Products`.
         solved: Whether the loose solves succeeded.
         repels: Whether steps of Φ lead away from the fixed point nearby: see `_repels`.
@@ -103,7 +104,7 @@ class Pass(NamedTuple):
     noise_v: jax.Array
     terms: jax.Array
     noise: jax.Array
-    seen: Seen
+    solves: LooseSolves
     products: Products
     solved: jax.Array
     repels: jax.Array
@@ -115,51 +116,51 @@ class Pass(NamedTuple):
         return amplified + ratio(norm(self.linear) * self.noise_v, self.right) + self.noise
 
 
-class Refined(NamedTuple):
+class RefinedEstimate(NamedTuple):
     """What one or several passes from (w, v) say of the error there.
 
     Attributes:
-        first: The first `Pass`.
+        first: The first `Estimate`.
         end: The corrected gradient after the last pass.
         change: The size of the last correction.
         rest: What may be wrong with `end`, estimated.
-        left_w: The largest ratio of ‖w − Φ(w)‖ after a pass to that before, rounding aside.
-        left_v: Ratio of ‖r_v‖ after the last pass but one to ‖r_v‖ + ‖h_w‖ before, rounding aside.
+        reduction_w: The largest ratio of ‖w − Φ(w)‖ after a pass to that before, rounding aside.
+        reduction_v: Ratio of ‖r_v‖ after the last pass but one to ‖r_v‖ + ‖h_w‖ before, rounding aside.
             The equation for v is linear: where w comes closer, v follows.
-        seen: What the solves of all passes show.
-        unseen: Whether the last pass found what those before had missed: there may be more still.
+        solves: What the solves of all passes show.
+        missed: Whether the last pass found what those before had missed: there may be more still.
         products: Of all passes.
         solved: Whether all loose solves succeeded.
         repels: Whether Φ leads away from where the passes lead to.
     """
 
-    first: Pass
+    first: Estimate
     end: PyTree
     change: jax.Array
     rest: jax.Array
-    left_w: jax.Array
-    left_v: jax.Array
-    seen: Seen
-    unseen: jax.Array
+    reduction_w: jax.Array
+    reduction_v: jax.Array
+    solves: LooseSolves
+    missed: jax.Array
     products: Products
     solved: jax.Array
     repels: jax.Array
 
 
 def dual_weighted(
-    packed: Packed,
+    problem: Problem,
     w: PyTree,
     v: PyTree,
     linear_solver: Callable[[Scalar], LinearSolver],
     rtol: Scalar,
-    before: Seen,
+    before: LooseSolves,
     split: bool | jax.Array = True,
     probe: bool | jax.Array = True,
-) -> Pass:
+) -> Estimate:
     """One pass at (w, v).
 
     Args:
-        packed: Φ and E.
+        problem: Φ and E.
         w: Where.
         v: Where.
         linear_solver: From a relative tolerance to a solver.
@@ -170,28 +171,26 @@ def dual_weighted(
             proportion to their right-hand sides.
         probe: Whether to look for a direction that steps of Φ lead away along.
     """
-
-    # ∇L and Φ in one linearisation: its tangent gives J and h, its transpose is not needed.
-    def gradients(u: PyTree) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-        return lagrangian(packed, u, v)
-
-    (image, r_v, g, b), tangent = jax.linearize(gradients, w)
-    _, vjp = jax.vjp(packed.phi, w, packed.x)
+    # ∇L in one linearisation: its tangent gives A = I − J and h, its transpose is not needed.
+    (r_w, r_v, g, b), tangent = jax.linearize(lambda u: problem.gradients(u, v), w)
+    of_phi = problem.equation.vjp(w, problem.x)
     eps = _ROUNDING * resolution(w)
-    noise_w = eps * (norm(w) + norm(image))
-    r_w = tree.sub(w, image)
+    noise_w, size_a = _noise(problem, w, r_w, lambda u: tangent(u)[0])
     # A residual below the noise says nothing, zero least of all: noise of that size takes its place.
     at_floor = norm(r_w) <= 2 * noise_w
-    r_w = tree.where(norm(r_w) <= noise_w, tree.add(r_w, _random_rounding(w, eps)), r_w)
+    direction, length = _signed(w)
+    share = ratio(noise_w, 4 * length)
+    random = jax.tree.map(lambda x: share.astype(x.dtype) * x, direction)
+    r_w = tree.where(norm(r_w) <= noise_w, tree.add(r_w, random), r_w)
     size_w = norm(r_w)
     rtol = jnp.asarray(rtol, size_w.dtype)
-    rtol_w = rtol * jnp.minimum(1.0, ratio(before.left_w, size_w))
-    e_w, of_w = linear_solver(rtol_w)(lambda u: tangent(u)[0], r_w)
+    rtol_w = rtol * jnp.minimum(1.0, ratio(before.residual_w, size_w))
+    e_w, of_w = linear_solver(rtol_w)(Jacobian.from_complement(lambda u: tangent(u)[0]), r_w)
     _, h_w, h_x, _ = tangent(e_w)
 
     # Of the two right-hand sides the second only serves to tell the parts apart: a rough solve.
     right = norm(r_v) + norm(h_w)
-    rtol_v = rtol * jnp.minimum(1.0, ratio(before.left_v, right))
+    rtol_v = rtol * jnp.minimum(1.0, ratio(before.residual_v, right))
     sides = [(tree.sub(h_w, r_v), rtol_v, right)]
     if split is not False:
         asked = tree.where(split, h_w, tree.zeros_like(h_w))
@@ -201,35 +200,36 @@ def dual_weighted(
     def solve(row: tuple[PyTree, jax.Array, jax.Array]) -> tuple[PyTree, jax.Array, jax.Array]:
         b, rtol, whole = row
         relative = jnp.minimum(ratio(rtol * whole, norm(b)), 1.0)
-        x, info = linear_solver(relative)(lambda u: vjp(u)[0], b)
+        x, info = linear_solver(relative)(of_phi.j, b)
         return x, info.num_steps, failed(info)
 
     solved, steps, lost = lax.map(solve, rows)
     e_v, *from_h = (jax.tree.map(lambda x, i=i: x[i], solved) for i in range(len(sides)))
-    both = vjp(e_v)[1]
+    both = of_phi.b(e_v)
     # Without that solve the parts are told apart by their right-hand sides.
     share = ratio(norm(h_w), right)
     of_h = jax.tree.map(lambda x: share.astype(x.dtype) * x, both)
     if from_h:
-        of_h = tree.where(split, vjp(from_h[0])[1], of_h)
+        of_h = tree.where(split, of_phi.b(from_h[0]), of_h)
     one = jnp.int32(1)
-    repels, probes = _repels(lambda u: tree.conj(vjp(tree.conj(u))[0]), e_w, probe)
+    repels, probes = _repels(lambda u: tree.conj(of_phi.j(tree.conj(u))), e_w, probe)
     # Φ is linearised once; ∇L, its tangent (J and the second derivative), and Bᵀ for each part.
     products = Products(
         one,
         of_w.num_steps + one,
         jnp.sum(steps, dtype=jnp.int32) + 3 * one + probes + jnp.asarray(split, jnp.int32),
     )
-    noise_v = eps * (norm(b) + 2 * norm(v))
-    # Rounding lies in all directions and is amplified as it likes: it has nothing to show.
-    seen = Seen(
+    noise_v = eps * (norm(b) + 2 * size_a * norm(v))
+    # A right-hand side that is rounding has parts along all singular vectors of A: how much a solve
+    # amplifies it says nothing of the residuals.
+    solves = LooseSolves(
         jnp.where(at_floor, 0.0, ratio(norm(e_w), size_w)),
         jnp.where(right > 2 * noise_v, ratio(norm(e_v), norm(tree.sub(h_w, r_v))), 0.0),
         rtol_w * size_w,
         rtol_v * right,
     )
-    terms = norm(g) + norm(vjp(v)[1])
-    return Pass(
+    terms = norm(g) + norm(of_phi.b(v))
+    return Estimate(
         g,
         tree.add(h_x, of_h),
         tree.sub(both, of_h),
@@ -242,11 +242,37 @@ def dual_weighted(
         noise_v,
         terms,
         eps * terms,
-        seen,
+        solves,
         products,
         ~(failed(of_w) | jnp.any(lost)),
         repels,
     )
+
+
+def _noise(
+    problem: Problem, w: PyTree, r_w: PyTree, product: MatVec
+) -> tuple[jax.Array, jax.Array]:
+    """What of ‖r_w‖ may be rounding, and the size of A as rounding meets it, at most 1.
+
+    As w − Φ(w) the residual has the rounding of w and Φ(w), whatever the map. A residual F of its own
+    has that of its terms, which nobody knows: so it is observed. With δ some of the last digits of w,
+    F(w + δ) − F(w) − A δ is rounding to second order. And w itself is rounded, which F sees as A δ.
+    """
+    eps = resolution(w)
+    if not problem.equation.by_residual:
+        return _ROUNDING * eps * (norm(w) + norm(tree.sub(w, r_w))), jnp.ones_like(norm(w))
+    moved = jax.tree.map(lambda x, s: x + 16 * eps * s, w, _signed(w)[0])
+    delta = tree.sub(moved, w)
+    change = product(delta)
+    there = problem.equation.residual(moved, problem.x)
+    observed = norm(tree.sub(tree.sub(there, r_w), change))
+    size_a = jnp.minimum(_ROUNDING * ratio(norm(change), norm(delta)), 1.0)
+    return _ROUNDING * (observed + norm(change) / 16 + eps * norm(r_w)), size_a
+
+
+def _signed(w: PyTree) -> tuple[PyTree, jax.Array]:
+    """The entries of w with random signs, and their norm."""
+    return jax.tree.map(lambda x, s: s * x, w, random_signs(w)), norm(w)
 
 
 def _repels(
@@ -300,7 +326,7 @@ def _repels(
 
 
 class _Lanczos(NamedTuple):
-    """The carry: two vectors, the off-diagonal and the pivot of T, ‖A‖ as seen, what is known."""
+    """The carry: two vectors, the off-diagonal and the pivot of T, ‖A‖ as observed, what is known."""
 
     q: PyTree
     before: PyTree
@@ -314,41 +340,45 @@ class _Lanczos(NamedTuple):
 
 
 def refine(
-    packed: Packed,
+    problem: Problem,
     w: PyTree,
     v: PyTree,
     linear_solver: Callable[[Scalar], LinearSolver],
     rtol: Scalar,
     max_passes: int,
-) -> Refined:
+) -> RefinedEstimate:
     """Passes from (w, v) until one changes the gradient little, and its solves find nothing unseen.
 
     Little is less than a quarter of all change. At least two passes: the second one starts at the
     corrected pair, linearises there, and measures what the first left, whether by a loose solve, by
     curvature or by a kink. This is Newton's method with Deuflhard's test, the size of the next
-    correction, in the norm of the hypergradient; `Seen` tells when that size cannot be trusted.
+    correction, in the norm of the hypergradient; `LooseSolves` tells when that size cannot be trusted.
     """
 
-    def run(i: jax.Array, w: PyTree, v: PyTree, seen: Seen) -> Pass:
+    def run(i: jax.Array, w: PyTree, v: PyTree, solves: LooseSolves) -> Estimate:
         # The second pass only has to show what the first left: a looser solve will do. There is a third
         # where much was left: A is so ill-conditioned that loose solves miss it, or w is far.
         tol = jnp.asarray(rtol, norm(w).dtype)
         tol = jnp.stack([tol, jnp.sqrt(tol), tol**2])[jnp.minimum(i, 2)]
-        return dual_weighted(packed, w, v, linear_solver, tol, seen, i == 0, i == 1)
+        return dual_weighted(problem, w, v, linear_solver, tol, solves, i == 0, i == 1)
 
-    def body(carry: tuple[jax.Array, Pass, Refined]) -> tuple[jax.Array, Pass, Refined]:
+    def body(
+        carry: tuple[jax.Array, Estimate, RefinedEstimate],
+    ) -> tuple[jax.Array, Estimate, RefinedEstimate]:
         i, before, s = carry
-        seen = tree.where(i == 0, nothing_seen(s.change), s.seen)
+        solves = tree.where(i == 0, no_solves(s.change), s.solves)
         at_w, at_v = tree.where(i == 0, (w, v), (before.w, before.v))
-        p = run(i, at_w, at_v, seen)
+        p = run(i, at_w, at_v, solves)
         first = tree.where(i == 0, p, s.first)
         correction = tree.add(p.lower, p.linear)
         end = tree.sub(p.gradient, correction)
         change = norm(correction)
         later = i > 0
         noise_w, noise_v = 2 * first.noise_w, 2 * first.noise_v
-        left_w = jnp.maximum(s.left_w, ratio(jnp.maximum(p.r_w - noise_w, 0.0), before.r_w))
-        left_v = ratio(jnp.maximum(p.r_v - noise_v, 0.0), before.right)
+        reduction_w = jnp.maximum(
+            s.reduction_w, ratio(jnp.maximum(p.r_w - noise_w, 0.0), before.r_w)
+        )
+        reduction_v = ratio(jnp.maximum(p.r_v - noise_v, 0.0), before.right)
         theta = ratio(change, s.change)
         # The geometric series of the corrections to come.
         rest = change * jnp.minimum(theta, 1.0) / jnp.maximum(1 - theta, 0.1)
@@ -356,33 +386,33 @@ def refine(
         return (
             i + 1,
             p,
-            Refined(
+            RefinedEstimate(
                 first,
                 end,
                 change,
                 jnp.where(later, rest, change),
-                jnp.where(later, left_w, zero),
-                jnp.where(later, left_v, zero),
-                seen.then(p.seen),
-                later & seen.exceeded_by(p.seen),
+                jnp.where(later, reduction_w, zero),
+                jnp.where(later, reduction_v, zero),
+                solves.then(p.solves),
+                later & solves.exceeded_by(p.solves),
                 jax.tree.map(jnp.add, s.products, p.products),
                 s.solved & p.solved,
                 s.repels | p.repels,
             ),
         )
 
-    def unfinished(carry: tuple[jax.Array, Pass, Refined]) -> jax.Array:
+    def unfinished(carry: tuple[jax.Array, Estimate, RefinedEstimate]) -> jax.Array:
         i, _, s = carry
         whole = norm(tree.sub(s.first.gradient, s.end))
-        large = (s.change > 0.25 * whole + s.first.rounding) | (s.left_v > 0.5)
-        hopeful = s.solved & (s.left_w <= 0.5) & jnp.isfinite(s.change)
-        return (i < 2) | ((i < max_passes) & (large | s.unseen) & hopeful)
+        large = (s.change > 0.25 * whole + s.first.rounding) | (s.reduction_v > 0.5)
+        hopeful = s.solved & (s.reduction_w <= 0.5) & jnp.isfinite(s.change)
+        return (i < 2) | ((i < max_passes) & (large | s.missed) & hopeful)
 
-    def blank() -> tuple[Pass, Refined]:
-        p = run(jnp.int32(0), w, v, nothing_seen(norm(w)))
+    def blank() -> tuple[Estimate, RefinedEstimate]:
+        p = run(jnp.int32(0), w, v, no_solves(norm(w)))
         x = p.r_w
-        return p, Refined(
-            p, p.gradient, x, x, x, x, p.seen, p.solved, p.products, p.solved, p.repels
+        return p, RefinedEstimate(
+            p, p.gradient, x, x, x, x, p.solves, p.solved, p.products, p.solved, p.repels
         )
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(blank))
@@ -391,29 +421,25 @@ def refine(
     return lax.while_loop(unfinished, body, start)[2]
 
 
-def single(packed: Packed, p: Pass, before: Seen) -> Refined:
+def estimate_once(problem: Problem, p: Estimate, before: LooseSolves) -> RefinedEstimate:
     """What one pass says after the solves `before`.
 
     One evaluation at (w⁺, v⁺) stands in place of a second pass.
     """
-    image, r_v, end, _ = lagrangian(packed, p.w, p.v)
+    r_w, r_v, end, _ = problem.gradients(p.w, p.v)
     correction = tree.add(p.lower, p.linear)
-    r_w = norm(tree.sub(p.w, image))
+    r_w = norm(r_w)
     one = jnp.int32(1)
-    return Refined(
+    return RefinedEstimate(
         p,
         end,
         norm(correction),
         norm(tree.sub(end, tree.sub(p.gradient, correction))),
         ratio(jnp.maximum(r_w - 2 * p.noise_w, 0.0), p.r_w),
         ratio(jnp.maximum(norm(r_v) - 2 * p.noise_v, 0.0), p.right),
-        before.then(p.seen),
-        before.exceeded_by(p.seen),
+        before.then(p.solves),
+        before.exceeded_by(p.solves),
         p.products._replace(phi=p.products.phi + one, jt=p.products.jt + one),
         p.solved,
         p.repels,
     )
-
-
-def _random_rounding(w: PyTree, eps: float) -> PyTree:
-    return jax.tree.map(lambda x, signs: 0.5 * eps * x * signs, w, random_signs(w))

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..realify import norm, resolution
-from ..types import LinearSolver, PyTree, Scalar, SolveInfo, failed
-from .lagrangian import Packed, Products, ratio
+from ..problem import Problem
+from ..real_form import norm, resolution
+from ..types import Jacobian, LinearSolver, PyTree, Scalar, SolveInfo, failed
+from .lagrangian import Products, ratio
 
 tree = optax.tree
 
@@ -29,14 +30,14 @@ class _Newton(NamedTuple):
     size: jax.Array
     proposed: jax.Array
     met: jax.Array
-    gain: jax.Array
+    amplification: jax.Array
     left: jax.Array
     effort: jax.Array
     spent: Products
 
 
 def newton_krylov(
-    packed: Packed,
+    problem: Problem,
     w: PyTree,
     tau: jax.Array,
     spent: Products,
@@ -52,8 +53,8 @@ def newton_krylov(
     network, half of the work at least is Φ's; ten only, where they lead away.
 
     Returns:
-        w, the largest gain ‖e‖/‖r‖ of the solves, the residual that the last one left (see `Seen`), and
-        what was spent in all.
+        w, the largest amplification ‖e‖/‖r‖ by the solves, the residual that the last one left (see
+        `LooseSolves`), and what was spent in all.
     """
     floor = 16 * resolution(w)
 
@@ -61,16 +62,21 @@ def newton_krylov(
         return ~s.met & (sum(s.spent) < max_products)
 
     def step(s: _Newton) -> _Newton:
-        image, jvp = jax.linearize(lambda u: packed.phi(u, packed.x), s.w)
-        r = tree.sub(s.w, image)
+        r, product = jax.linearize(lambda u: problem.equation.residual(u, problem.x), s.w)
+        image = tree.sub(s.w, r)
         size = norm(r)
         rejected = s.proposed & ~(size <= 0.7 * s.size)
-        target = jnp.maximum(jnp.maximum(tau, goal * norm(image)), floor * norm(s.w))
+        target = jnp.maximum(tau, goal * norm(image))
         met = ~rejected & ((size <= target) | ~jnp.isfinite(size))
+        # Where the residual may be rounding, a step that does not bring it down is the last one.
+        settled = rejected & (s.size <= floor * norm(s.before))
+        met |= settled
         # No more accurate than the goal asks for, nor than a Newton step can use; 1 for no step.
         forcing = jnp.clip(0.5 * target / size, 1e-4, LOOSE)
-        e, info = linear_solver(jnp.where(met | rejected, 1.0, forcing))(jvp, r)
-        lost = rejected | (failed(info) & ~met)
+        e, info = linear_solver(jnp.where(met | rejected, 1.0, forcing))(
+            Jacobian.from_complement(product), r
+        )
+        lost = ~met & (rejected | failed(info))
         effort = products_of(info)
         many = jnp.maximum(jnp.where(rejected, s.effort, effort), _PLAIN_STEPS)
 
@@ -81,7 +87,7 @@ def newton_krylov(
 
             def body(carry: tuple[jax.Array, PyTree, jax.Array, jax.Array]):
                 i, u, start, _ = carry
-                image = packed.phi(u, packed.x)
+                image = problem.equation.phi(u, problem.x)
                 size = norm(tree.sub(u, image))
                 return i + 1, image, jnp.where(i == 0, size, start), size
 
@@ -90,20 +96,24 @@ def newton_krylov(
             return u, i
 
         def newton() -> tuple[PyTree, jax.Array]:
-            return tree.where(met, s.w, tree.sub(s.w, e)), jnp.int32(0)
+            return tree.where(settled, s.before, tree.where(met, s.w, tree.sub(s.w, e))), jnp.int32(
+                0
+            )
 
         w, steps = lax.cond(lost, plain, newton)
         spent = s.spent._replace(phi=s.spent.phi + 1 + steps, j=s.spent.j + effort)
-        gain, left = jnp.maximum(s.gain, ratio(norm(e), size)), forcing * size
-        gain, left = tree.where(lost | met, (s.gain, s.left), (gain, left))
-        return _Newton(w, s.w, size, ~lost, met, gain, left, effort, spent)
+        amplification, left = jnp.maximum(s.amplification, ratio(norm(e), size)), forcing * size
+        amplification, left = tree.where(
+            lost | met, (s.amplification, s.left), (amplification, left)
+        )
+        return _Newton(w, s.w, size, ~lost, met, amplification, left, effort, spent)
 
     false = jnp.asarray(False)
     infinite = jnp.full_like(norm(w), jnp.inf)
     zero = jnp.zeros_like(infinite)
     s = _Newton(w, w, infinite, false, false, zero, infinite, jnp.int32(0), spent)
     s = lax.while_loop(unfinished, step, s)
-    return s.w, s.gain, s.left, s.spent
+    return s.w, s.amplification, s.left, s.spent
 
 
 def products_of(info: SolveInfo) -> jax.Array:

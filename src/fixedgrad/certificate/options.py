@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ..types import PyTree, show
+from ..errors import show
+from ..types import PyTree
 
 NO_KWARGS: Mapping[str, PyTree] = MappingProxyType({})
 

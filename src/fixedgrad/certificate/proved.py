@@ -8,9 +8,10 @@ import optax
 from jax import lax
 
 from ..bounds import Constants
-from ..realify import norm, resolution
+from ..problem import Problem
+from ..real_form import norm, resolution
 from ..types import PyTree
-from .lagrangian import Packed, Products, lagrangian
+from .lagrangian import Products
 
 tree = optax.tree
 
@@ -29,13 +30,12 @@ class Bound(NamedTuple):
     products: Products
 
 
-def bound(packed: Packed, v: PyTree, c: Constants, given: PyTree | None) -> Bound:
+def bound(problem: Problem, v: PyTree, c: Constants, given: PyTree | None) -> Bound:
     """The bound of level "proved" at (w, v), and whether an observation contradicts its constants."""
-    w, x = packed.w, packed.x
-    image, r_v, g, b = lagrangian(packed, w, v)
-    r_w = tree.sub(w, image)
-    _, vjp = jax.vjp(packed.phi, w, x)
-    _, jvp = jax.linearize(lambda u: packed.phi(u, x), w)
+    w, x = problem.w, problem.x
+    r_w, r_v, g, b = problem.gradients(w, v)
+    image = tree.sub(w, r_w)
+    at, j = problem.equation.vjp(w, x), problem.equation.jvp(w, x).j
     eps = 8 * resolution(w)
     dtype = norm(w).dtype
     mu, q, nu1, nu2, eta1, eta2, big_l = (
@@ -52,22 +52,21 @@ def bound(packed: Packed, v: PyTree, c: Constants, given: PyTree | None) -> Boun
     error = lower + linear + distance + eps * norm(g)
 
     # What can be observed: two points, two v, and directions that J stretches most.
-    image2, r_v2, g2, _ = lagrangian(packed, image, v)
-    jt_v, bt_v = vjp(v)
-    _, vjp2 = jax.vjp(packed.phi, image, x)
-    jt_v2, bt_v2 = vjp2(v)
+    r_w2, r_v2, g2, _ = problem.gradients(image, v)
+    at2 = problem.equation.vjp(image, x)
+    (jt_v, bt_v), (jt_v2, bt_v2) = ((a.j(v), a.b(v)) for a in (at, at2))
     moved = norm(r_w)
     slack = 1 + 1e-6
 
     def stretch(_: jax.Array, u: PyTree) -> PyTree:
-        u = vjp(jvp(u))[0]
+        u = at.j(j(u))
         return tree.scale(1 / jnp.maximum(norm(u), jnp.finfo(dtype).tiny), u)
 
     u = lax.fori_loop(0, 8, stretch, tree.add(tree.add(r_w, v), b))
-    ju = jvp(u)
+    ju = j(u)
     noise = eps * (norm(image) + norm(v) + norm(b) + norm(g))
     contraction = ~jnp.isfinite(q) | (
-        (norm(tree.sub(image2, image)) <= q * moved * slack + noise)
+        (norm(r_w2) <= q * moved * slack + noise)
         & (norm(ju) <= q * norm(u) * slack + noise)
         & (norm(jt_v) <= q * norm(v) * slack + noise)
     )

@@ -12,29 +12,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..certificate.lagrangian import Packed, krylov, pack
+from ..certificate.lagrangian import krylov, stated
 from ..certificate.options import NO_KWARGS, check_kwargs
+from ..errors import check_callable, check_count, check_number, check_same
 from ..estimators import aid, itd
+from ..leaves import check_concrete, strongly_typed
 from ..linear import bicgstab, cg, dense, fp, gmres, normal_cg
 from ..lower import solve_with_info
-from ..packing import check_concrete, strongly_typed
-from ..realify import norm, realified, resolution
-from ..types import (
-    Estimator,
-    LinearSolver,
-    Outer,
-    Phi,
-    PyTree,
-    SolveInfo,
-    Solver,
-    Status,
-    check_callable,
-    check_count,
-    check_number,
-    check_same,
-    failed,
-)
-from .spectrum import Facts, judge_lower, measure, solve_lower
+from ..problem import Problem
+from ..real_form import norm, realified, resolution
+from ..types import Estimator, LinearSolver, Outer, Phi, PyTree, SolveInfo, Solver, Status, failed
+from .spectrum import Spectrum, judge_lower, measure, solve_lower
 
 tree = optax.tree
 
@@ -190,28 +178,28 @@ def recommend(
     data = check_kwargs(recommend, functions, 2 + len(args), kwargs, options)
     check_concrete("recommend", (w0, lam, args, data))
     if solver is None:
-        packed = pack("recommend", outer, phi, w0, lam, args, data)
-        lower = solve_lower(packed, min(rtol, 1e-6), max_products // 2)
+        problem = stated("recommend", outer, phi, w0, lam, args, data)
+        lower = solve_lower(problem, min(rtol, 1e-6), max_products // 2)
     else:
         solved, _ = solve_with_info(solver, strongly_typed(w0), lam, *args, **data)
         check_same("recommend", solved, strongly_typed(w0), "`solver(w0, ...)`", "`w0`")
-        packed = pack("recommend", outer, phi, solved, lam, args, data)
-        lower = judge_lower(packed, packed.w, rtol)
+        problem = stated("recommend", outer, phi, solved, lam, args, data)
+        lower = judge_lower(problem, problem.w, rtol)
     w, residual, unsolved = lower.w, lower.residual, bool(lower.failed)
-    facts = measure(packed, w, jax.random.key(seed))
+    spectrum = measure(problem, w, jax.random.key(seed))
     size = int(tree.size(realified(w)[0](w)))
-    unrolled = _unrolled(facts, rtol)
+    unrolled = _unrolled(spectrum, rtol)
     alternatives = [unrolled]
     if not unsolved:
         left = max_products - int(lower.products)
-        alternatives += _tried(packed, w, facts, size, rtol, left)
+        alternatives += _tried(problem, w, spectrum, size, rtol, left)
     alternatives.sort(key=lambda a: (not a.usable, a.cost))
     usable = [a for a in alternatives if a.usable]
     best = next((a for a in usable if a.name != _ITD), usable[0] if usable else None)
-    warnings = _warnings(facts, residual, unsolved)
+    warnings = _warnings(spectrum, residual, unsolved)
     missing = "the lower level was not solved" if unsolved else "no linear method succeeded"
     if best is None:
-        reasons = [f"{missing}, and Phi does not contract (rho(J) = {facts.radius:.3g})"]
+        reasons = [f"{missing}, and Phi does not contract (rho(J) = {spectrum.radius:.3g})"]
         if unsolved:
             reasons.append("every method needs a fixed point: start closer, or give your `solver`")
     elif best.name == _ITD:
@@ -226,13 +214,13 @@ def recommend(
         tuple(warnings),
         tuple(alternatives),
         size,
-        facts.radius,
-        facts.norm,
-        facts.symmetric,
-        facts.definite,
-        facts.condition,
+        spectrum.radius,
+        spectrum.norm,
+        spectrum.symmetric,
+        spectrum.definite,
+        spectrum.condition,
         float(residual),
-        (facts.flops_phi, facts.flops_product),
+        (spectrum.flops_phi, spectrum.flops_product),
     )
 
 
@@ -262,14 +250,14 @@ class _Candidate(NamedTuple):
     start: float
 
 
-def _candidates(facts: Facts, size: int) -> Iterator[_Candidate]:
+def _candidates(spectrum: Spectrum, size: int) -> Iterator[_Candidate]:
     """The methods that apply."""
     if size <= _DIRECT:
         yield _Candidate(dense, size, "d is small enough for a direct solve", 1, 0, 2e4)
-    if facts.symmetric and facts.definite:
+    if spectrum.symmetric and spectrum.definite:
         yield _Candidate(cg, 5, "J is symmetric and I - J positive definite", 1, 10, 2e4)
-    if facts.radius < 1:
-        why = f"fixed-point steps contract by about {facts.radius:.3g}"
+    if spectrum.radius < 1:
+        why = f"fixed-point steps contract by about {spectrum.radius:.3g}"
         yield _Candidate(fp, 2, why, 1, 3, 3e3)
     yield _Candidate(gmres, 34, "right for any invertible I - J", 1, 4 * 31, 4e4)
     why = "right for any invertible I - J, in little memory"
@@ -278,37 +266,40 @@ def _candidates(facts: Facts, size: int) -> Iterator[_Candidate]:
 
 
 def _hypergradient(
-    packed: Packed, solver: LinearSolver
+    problem: Problem, solver: LinearSolver
 ) -> Callable[[PyTree], tuple[PyTree, SolveInfo]]:
     """`w ↦ (∇₂E + Bᵀv, info)` with v by one linear solver."""
 
     def compute(w: PyTree) -> tuple[PyTree, SolveInfo]:
-        b, direct = jax.grad(packed.outer, argnums=(0, 1))(w, packed.x)
-        _, vjp = jax.vjp(packed.phi, w, packed.x)
-        v, info = solver(lambda u: vjp(u)[0], b)
-        return tree.add(direct, vjp(v)[1]), info
+        at = problem.adjoint(w)
+        v, info = solver(at.jt, at.b)
+        return at.gradient(v), info
 
     return compute
 
 
 def _tried(
-    packed: Packed, w: PyTree, facts: Facts, size: int, rtol: float, left: int
+    problem: Problem, w: PyTree, spectrum: Spectrum, size: int, rtol: float, left: int
 ) -> list[Alternative]:
     """Every method that applies, within `left` products."""
-    reference, info = _hypergradient(packed, dense() if size <= _DIRECT else krylov(1e-3 * rtol))(w)
+    reference, info = _hypergradient(problem, dense() if size <= _DIRECT else krylov(1e-3 * rtol))(
+        w
+    )
     left -= int(info.num_steps)
-    candidates = list(_candidates(facts, size))
+    candidates = list(_candidates(spectrum, size))
     found = []
     for i, candidate in enumerate(candidates):
         share = max(left, 0) // (len(candidates) - i)
-        one, spent = _try(packed, w, candidate, size, rtol, facts.flops_product, reference, share)
+        one, spent = _try(
+            problem, w, candidate, size, rtol, spectrum.flops_product, reference, share
+        )
         found.append(one)
         left -= spent
     return found
 
 
 def _try(
-    packed: Packed,
+    problem: Problem,
     w: PyTree,
     c: _Candidate,
     size: int,
@@ -329,10 +320,10 @@ def _try(
     @jax.jit
     def compute(w: PyTree, rtol: jax.Array) -> tuple[jax.Array, SolveInfo]:
         solver = dense() if direct else c.make(max_steps=max_steps, rtol=rtol)
-        gradient, info = _hypergradient(packed, solver)(w)
+        gradient, info = _hypergradient(problem, solver)(w)
         return norm(tree.sub(gradient, reference)), info
 
-    enough = rtol * float(norm(reference)) + 64 * resolution((w, packed.x)) * float(norm(w))
+    enough = rtol * float(norm(reference)) + 64 * resolution((w, problem.x)) * float(norm(w))
     for tightened in (rtol, 0.1 * rtol, 0.01 * rtol, 1e-3 * rtol):
         error, info = compute(w, jnp.asarray(tightened, norm(w).dtype))
         usable = not bool(failed(info)) and float(error) <= enough
@@ -355,44 +346,44 @@ def _try(
     return Alternative(name, aid(solver), usable, products, c.start + cost, c.memory, why), spent
 
 
-def _unrolled(facts: Facts, rtol: float) -> Alternative:
-    contracts = 0 < facts.radius < 1
-    steps = math.ceil(math.log(rtol) / math.log(facts.radius)) if contracts else _MAX_STEPS
+def _unrolled(spectrum: Spectrum, rtol: float) -> Alternative:
+    contracts = 0 < spectrum.radius < 1
+    steps = math.ceil(math.log(rtol) / math.log(spectrum.radius)) if contracts else _MAX_STEPS
     steps = max(steps, 1)
-    cost = steps * (facts.flops_phi + facts.flops_product)
+    cost = steps * (spectrum.flops_phi + spectrum.flops_product)
     why = "reverse mode through a loop of static length; holds all iterates"
-    return Alternative(_ITD, itd(), facts.radius < 1, steps, cost, steps, why)
+    return Alternative(_ITD, itd(), spectrum.radius < 1, steps, cost, steps, why)
 
 
-def _warnings(facts: Facts, residual: jax.Array, failed: bool) -> list[str]:
+def _warnings(spectrum: Spectrum, residual: jax.Array, failed: bool) -> list[str]:
     found = []
     if failed:
         found.append(
             f"the lower level was not solved (|Phi(w) - w| = {float(residual):.2g}); what follows "
             "holds at the point reached"
         )
-    if facts.radius >= 1:
+    if spectrum.radius >= 1:
         found.append(
-            f"Phi is not a contraction here (rho(J) = {facts.radius:.3g}): `picard` and `fp` diverge"
+            f"Phi is not a contraction here (rho(J) = {spectrum.radius:.3g}): `picard` and `fp` diverge"
         )
-    elif facts.norm >= 1:
+    elif spectrum.norm >= 1:
         found.append(
-            f"Phi does not contract in the Euclidean norm (|J| = {facts.norm:.3g}): errors may grow "
+            f"Phi does not contract in the Euclidean norm (|J| = {spectrum.norm:.3g}): errors may grow "
             "before they shrink"
         )
-    if not facts.symmetric:
+    if not spectrum.symmetric:
         found.append("J is not symmetric: `cg` would be wrong")
-    elif facts.smallest < -1:
-        text = f"J has the eigenvalue {facts.smallest:.3g} below -1: a step size above 2/L"
+    elif spectrum.smallest < -1:
+        text = f"J has the eigenvalue {spectrum.smallest:.3g} below -1: a step size above 2/L"
         # With J = I − αH and c times the step, the eigenvalues are 1 − c (1 − s) for s of J.
-        if facts.largest < 1:
-            highest = 2 / (1 - facts.smallest)
-            best = 2 / (2 - facts.smallest - facts.largest)
+        if spectrum.largest < 1:
+            highest = 2 / (1 - spectrum.smallest)
+            best = 2 / (2 - spectrum.smallest - spectrum.largest)
             text += (
                 f". Phi contracts below {highest:.2g} times this step, and best at {best:.2g} times "
                 f"(of a map that is no gradient step: `damped(phi, damping={1 - best:.2g})`)"
             )
         found.append(text)
-    if facts.largest >= 1:
+    if spectrum.largest >= 1:
         found.append("I - J is not positive definite: is the lower level at a minimum?")
     return found

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..certificate.lagrangian import Packed, Products, krylov, ratio
+from ..certificate.lagrangian import Products, krylov, ratio
 from ..certificate.newton import newton_krylov
-from ..realify import norm, realified, resolution
+from ..problem import Problem
+from ..real_form import norm, realified, resolution
 from ..types import PyTree
 
 tree = optax.tree
@@ -20,7 +21,7 @@ _PROBES = 3
 _POWER_STEPS = 100
 
 
-class Facts(NamedTuple):
+class Spectrum(NamedTuple):
     """Of J: `Recommendation` names the fields; `smallest`, `largest` are of its symmetric part."""
 
     radius: float
@@ -43,33 +44,33 @@ class Solved(NamedTuple):
     products: jax.Array
 
 
-def solve_lower(packed: Packed, rtol: float, max_products: int = 20_000) -> Solved:
+def solve_lower(problem: Problem, rtol: float, max_products: int = 20_000) -> Solved:
     """By Newton–Krylov, to `rtol` ‖Φ(w)‖ or to the floor."""
 
     @jax.jit
     def solve(w: PyTree) -> Solved:
         spent = Products(*(jnp.int32(0) for _ in range(3)))
-        image = packed.phi(w, packed.x)
+        image = problem.equation.phi(w, problem.x)
         tau = rtol * norm(image)
 
-        w, _, _, spent = newton_krylov(packed, w, tau, spent, krylov, max_products)
-        return judge_lower(packed, w, rtol)._replace(products=jnp.asarray(sum(spent)))
+        w, _, _, spent = newton_krylov(problem, w, tau, spent, krylov, max_products)
+        return judge_lower(problem, w, rtol)._replace(products=jnp.asarray(sum(spent)))
 
-    return solve(packed.w)
+    return solve(problem.w)
 
 
-def judge_lower(packed: Packed, w: PyTree, rtol: float) -> Solved:
+def judge_lower(problem: Problem, w: PyTree, rtol: float) -> Solved:
     """Whether ‖Φ(w) − w‖ is at most `rtol` ‖Φ(w)‖, or at the floor; no products."""
-    image = packed.phi(w, packed.x)
+    image = problem.equation.phi(w, problem.x)
     size = norm(tree.sub(w, image))
     floor = 64 * resolution(w) * norm(image)
     solved = jnp.isfinite(size) & (size <= jnp.maximum(rtol * norm(image), floor))
     return Solved(w, size, ~solved, jnp.int32(0))
 
 
-def measure(packed: Packed, w: PyTree, key: jax.Array) -> Facts:
+def measure(problem: Problem, w: PyTree, key: jax.Array) -> Spectrum:
     """Spectral facts of J at w."""
-    _, jvp = jax.linearize(lambda u: packed.phi(u, packed.x), w)
+    jvp = problem.equation.jvp(w, problem.x).j
     to_real, from_real = realified(w)
 
     def j(u: PyTree) -> PyTree:
@@ -128,7 +129,7 @@ def measure(packed: Packed, w: PyTree, key: jax.Array) -> Facts:
         analysis = jax.jit(function).lower(*operands).compile().cost_analysis()
         return float((analysis or {}).get("flops", math.nan))
 
-    return Facts(
+    return Spectrum(
         radius,
         big,
         symmetric,
@@ -136,6 +137,6 @@ def measure(packed: Packed, w: PyTree, key: jax.Array) -> Facts:
         smallest,
         largest,
         condition,
-        flops(packed.phi, w, packed.x),
+        flops(problem.equation.phi, w, problem.x),
         flops(lambda u: transpose(u)[0], real),
     )

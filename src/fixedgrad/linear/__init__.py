@@ -3,7 +3,7 @@
 Every factory returns a `LinearSolver`, `(matvec, b, x0=None) -> (x, info)`. M is Jᵀ in reverse mode
 and J in forward mode. All of them
 
-- work on any pytree, complex leaves as real pairs, low precision in float32 (see `realify`);
+- work on any pytree, complex leaves as real pairs, low precision in float32 (see `real_form`);
 - report the *true* residual ‖b − (I − M)x‖, computed at the x that is returned;
 - answer a zero right-hand side with zero;
 - take exactly `num_steps` steps, or at most `max_steps` until the residual is below

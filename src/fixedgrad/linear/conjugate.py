@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..iteration import stopping
+from ..mapped_axes import steady
 from ..printing import printed
-from ..replication import steady
-from ..types import LinearSolver, PyTree, Scalar, Status, is_failure, status_where, stopping
-from .frame import Correction, System, corrected, linear_solver, rounding, tree
+from ..types import LinearSolver, PyTree, Scalar, Status, is_failure, status_where
+from .system import Correction, System, corrected, linear_solver, rounding, tree
 
 
 @printed
@@ -105,7 +106,7 @@ def cg(
         status = status_where(skew, Status.NOT_SYMMETRIC, carry.status)
         return Correction(carry.x, carry.i, status)
 
-    return linear_solver("cg", corrected(stop, correct), stop)
+    return linear_solver("cg", corrected(stop, correct))
 
 
 @printed
@@ -199,7 +200,7 @@ def normal_cg(
         status = status_where(singular, Status.SINGULAR, carry.status)
         return Correction(carry.x, carry.i, status)
 
-    return linear_solver("normal_cg", corrected(stop, correct), stop)
+    return linear_solver("normal_cg", corrected(stop, correct))
 
 
 class _CG(NamedTuple):

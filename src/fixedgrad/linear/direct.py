@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from ..errors import check_count, show
+from ..mapped_axes import varying_alike
 from ..printing import printed
-from ..realify import norm
-from ..replication import varying_alike
-from ..types import LinearSolver, PyTree, SolveInfo, Status, check_count, show, status_where
-from .frame import System, linear_solver, tree
+from ..real_form import norm, random_signs
+from ..types import LinearSolver, PyTree, SolveInfo, Status, status_where
+from .system import System, linear_solver, tree
 
 
 @printed
@@ -61,11 +62,19 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
             varying_alike((jnp.eye(b.size, dtype=b.dtype), b))[0],
             batch_size=block_size,
         )
-        x = jnp.linalg.solve(rows.T, b)
+        factors = jax.scipy.linalg.lu_factor(rows.T)
+        x = jax.scipy.linalg.lu_solve(factors, b)
         # eps ‖A‖ ‖x‖ is the backward error of LU; where it is as large as b, x means nothing.
         size = jnp.linalg.norm(rows)
         noise = system.eps * size * norm(x)
         singular = ~(noise < system.noise * system.norm) & (system.norm > 0) & jnp.isfinite(size)
+        # A b that lies in the range of a singular A tells nothing of it, and x has any part along its
+        # null vector. Inverse iteration finds that: A has an equal of lower rank within rounding.
+        u = random_signs(b)
+        for _ in range(2):
+            before = u / norm(u)
+            u = jax.scipy.linalg.lu_solve(factors, before)
+        singular |= ~(system.eps * size * norm(u) < 0.05) & jnp.isfinite(size)
         x = unravel(x)
         singular |= system.residual_norm(x) > system.noise * system.norm
         status = status_where(singular, Status.SINGULAR, Status.CONVERGED)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..iteration import Measured, iterate
+from ..iteration import Measured, iterate, stopping
+from ..mapped_axes import steady
 from ..printing import printed
-from ..replication import steady
-from ..types import LinearSolver, PyTree, Scalar, SolveInfo, Status, stopping
-from .frame import System, linear_solver, tree
+from ..types import LinearSolver, PyTree, Scalar, SolveInfo, Status
+from .system import System, linear_solver, tree
 
 
 @printed
@@ -82,4 +82,4 @@ def fp(
             status = system.steps_status(residual_norm(x, image), start, image)
         return image, system.fixed(stop.num_steps, image, status)
 
-    return linear_solver("fp", solve, stop)
+    return linear_solver("fp", solve)

@@ -6,19 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..errors import check_count
+from ..iteration import stopping
+from ..mapped_axes import steady
 from ..printing import printed
-from ..replication import steady
-from ..types import (
-    LinearSolver,
-    PyTree,
-    Scalar,
-    Status,
-    check_count,
-    is_failure,
-    status_where,
-    stopping,
-)
-from .frame import Correction, System, corrected, linear_solver, tree
+from ..types import LinearSolver, PyTree, Scalar, Status, is_failure, status_where
+from .system import Correction, System, corrected, linear_solver, tree
 
 
 @printed
@@ -96,7 +89,7 @@ def gmres(
         ended = system.steps_status(norm, start, x)
         return Correction(x, taken, status_where(is_failure(status), status, ended))
 
-    return linear_solver("gmres", corrected(stop, correct, gain=0.99), stop)
+    return linear_solver("gmres", corrected(stop, correct, reduction=0.99))
 
 
 @printed
@@ -188,7 +181,7 @@ def bicgstab(
         status = status_where(singular, Status.SINGULAR, status)
         return Correction(c.x, c.i, status_where(jnp.isfinite(c.norm), status, Status.NON_FINITE))
 
-    return linear_solver("bicgstab", corrected(stop, correct, gain=0.9), stop)
+    return linear_solver("bicgstab", corrected(stop, correct, reduction=0.9))
 
 
 class _BiCGStab(NamedTuple):

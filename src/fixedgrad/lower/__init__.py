@@ -6,13 +6,13 @@ explicit form use that; called directly, a solver that missed its tolerance foll
 `on_failure`, which by default answers NaN.
 """
 
-from .adapters import checked as checked
 from .adapters import from_host as from_host
 from .adapters import from_optax as from_optax
+from .adapters import with_tolerance as with_tolerance
 from .anderson import anderson as anderson
-from .frame import CheckedSolver as CheckedSolver
-from .frame import fixed_point_info as fixed_point_info
-from .frame import held_to_phi as held_to_phi
-from .frame import iterates as iterates
-from .frame import solve_with_info as solve_with_info
 from .picard import picard as picard
+from .solver import CheckedSolver as CheckedSolver
+from .solver import exact_steps_info as exact_steps_info
+from .solver import held_to_phi as held_to_phi
+from .solver import iterates as iterates
+from .solver import solve_with_info as solve_with_info

@@ -1,4 +1,4 @@
-"""Solvers that are not made here: `checked`, `from_host`, `from_optax`."""
+"""Solvers that are not made here: `with_tolerance`, `from_host`, `from_optax`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,34 +9,21 @@ import numpy as np
 import optax
 from jax import lax
 
+from ..errors import check_callable, check_count, check_inexact, check_same, check_scalar, show
 from ..failure import check_on_failure
-from ..iteration import verdict
-from ..packing import SOLVED, check_arrays, eval_shape, split_static, strongly_typed
+from ..iteration import stopping, verdict
+from ..leaves import SOLVED, check_arrays, eval_shape, split_static, strongly_typed
 from ..printing import printed
-from ..realify import steepest_ascent
+from ..real_form import steepest_ascent
 from ..signatures import same_arguments
-from ..types import (
-    OnFailure,
-    Phi,
-    PyTree,
-    Scalar,
-    SolveInfo,
-    Solver,
-    check_callable,
-    check_count,
-    check_inexact,
-    check_same,
-    check_scalar,
-    show,
-    stopping,
-)
-from .frame import CheckedSolver, lower_level
+from ..types import OnFailure, Phi, PyTree, Scalar, SolveInfo, Solver
+from .solver import CheckedSolver, lower_level
 
 tree = optax.tree
 
 
 @printed
-def checked(
+def with_tolerance(
     solver: Solver,
     phi: Phi,
     *,
@@ -74,21 +61,21 @@ def checked(
         ValueError: `rtol` is not in [0, 1), `atol` is negative or not finite, or `on_failure` is
             none of the four.
 
-    >>> solver = checked(lambda w0, lam: w0 + lam, lambda w, lam: 0.5 * w + lam, rtol=1e-6)
+    >>> solver = with_tolerance(lambda w0, lam: w0 + lam, lambda w, lam: 0.5 * w + lam, rtol=1e-6)
     >>> w, info = solver.with_info(0.0, 1.0)
     >>> bool(info.converged), float(info.residual)
     (False, 0.5)
     """
-    check_callable("checked", "solver", solver, "solver(w0, *args) -> w")
-    check_callable("checked", "phi", phi, "phi(w, *args) -> w")
-    check_on_failure("checked", on_failure)
-    stop = stopping("checked", None, 1, rtol, atol)
-    check = same_arguments("checked", phi, solver)
+    check_callable("with_tolerance", "solver", solver, "solver(w0, *args) -> w")
+    check_callable("with_tolerance", "phi", phi, "phi(w, *args) -> w")
+    check_on_failure("with_tolerance", on_failure)
+    stop = stopping("with_tolerance", None, 1, rtol, atol)
+    check = same_arguments("with_tolerance", phi, solver)
 
     def with_info(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
         check(args, kwargs)
         w = solver(w0, *args, **kwargs)
-        lower = lower_level("checked", phi, w, args, kwargs, SOLVED)
+        lower = lower_level("with_tolerance", phi, w, args, kwargs, SOLVED)
         measured = lower.measured(stop, lower.w0, lower.phi(lower.w0), nudged=True)
         return w, verdict(0, measured, jnp.full_like(measured.norm, jnp.inf))
 
@@ -103,7 +90,7 @@ def from_host(function: Callable[..., PyTree]) -> Solver:
     and under every derivative of `aid` and `truncated_itd`, which never differentiate the solver.
 
     Assumed, not checked: the function has no side effects: it may be called more or less often than
-    the program seems to say. It does not call JAX, and its w is a fixed point of Φ (`checked`).
+    the program seems to say. It does not call JAX, and its w is a fixed point of Φ (`with_tolerance`).
 
     Cost: the function, a copy of its arguments to the host and of w back. Memory: these, on the
     host.
@@ -170,7 +157,7 @@ def from_optax(
     Give AID the `gradient_descent` map of the same loss as Φ: it has the same fixed points. Under
     `itd` beware of optimisers that divide by moments at zero gradient.
 
-    Assumed, not checked: that the steps suffice (`checked` with that map tells).
+    Assumed, not checked: that the steps suffice (`with_tolerance` with that map tells).
 
     Cost: one gradient a step. Memory: w and the state of the optimiser (all of them under `itd`).
     When not to use it: to stop by a tolerance, which `picard` and `anderson` do.

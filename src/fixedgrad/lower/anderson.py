@@ -7,24 +7,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from ..errors import check_callable, check_count, check_number
 from ..failure import check_on_failure
-from ..iteration import Measured, Progress, first_progress, verdict
-from ..packing import stopped_by_residual
+from ..iteration import Measured, Progress, first_progress, stopping, verdict
+from ..leaves import stopped_by_residual
+from ..mapped_axes import steady
 from ..printing import printed
-from ..realify import Space, real_dtype, realified
-from ..replication import steady
-from ..types import (
-    OnFailure,
-    Phi,
-    PyTree,
-    Scalar,
-    SolveInfo,
-    check_callable,
-    check_count,
-    check_number,
-    stopping,
-)
-from .frame import CheckedSolver, fixed_point_info, lower_level
+from ..real_form import Space, real_dtype, realified
+from ..types import OnFailure, Phi, PyTree, Scalar, SolveInfo
+from .solver import CheckedSolver, lower_level
 
 tree = optax.tree
 
@@ -38,7 +29,7 @@ def anderson(
     rtol: Scalar = 0.0,
     atol: Scalar = 0.0,
     window: int = 5,
-    regularisation: Scalar = 1e-10,
+    regularisation: Scalar = 1e-5,
     on_failure: OnFailure = "nan",
 ) -> CheckedSolver:
     """Anderson acceleration of w = Φ(w, λ), safeguarded.
@@ -87,11 +78,11 @@ def anderson(
     check_number("anderson", "regularisation", regularisation, lambda x: x > 0, "a number > 0")
     stop = stopping("anderson", num_steps, max_steps, rtol, atol)
 
-    def with_info(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
+    def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
         lower = lower_level("anderson", phi, w0, args, kwargs)
         w0, space = lower.w0, lower.space
         if not jax.tree.leaves(w0):  # Nothing to solve.
-            return w0, fixed_point_info(phi, 0, w0, *args, **kwargs)
+            return w0, lower.exact_steps(0, w0)
         to_real, from_real = realified(w0)
 
         def image(w: PyTree) -> PyTree:
@@ -143,7 +134,7 @@ def anderson(
         if stop.num_steps is not None:
             s = lax.fori_loop(0, stop.num_steps, lambda _, s: step(s), s)
             w = from_real(s.image)
-            return w, fixed_point_info(phi, stop.num_steps, w, *args, **kwargs)
+            return w, lower.exact_steps(stop.num_steps, w)
 
         def unfinished(s: _Anderson) -> jax.Array:
             alive = ~jnp.isnan(s.measured.norm) & ~s.progress.settled(s.i, s.measured)
@@ -155,7 +146,7 @@ def anderson(
         info = verdict(s.i, s.measured, start, s.progress)
         return stopped_by_residual("anderson", from_real(s.w)), info
 
-    return CheckedSolver(with_info, on_failure, phi)
+    return CheckedSolver.compiled(solve, on_failure, phi)
 
 
 class _Anderson(NamedTuple):

@@ -4,13 +4,14 @@ import functools
 
 from jax import lax
 
+from ..errors import check_callable
 from ..failure import check_on_failure
-from ..iteration import iterate
-from ..packing import stopped_by_residual
+from ..iteration import iterate, stopping
+from ..leaves import stopped_by_residual
+from ..mapped_axes import steady
 from ..printing import printed
-from ..replication import steady
-from ..types import OnFailure, Phi, PyTree, Scalar, SolveInfo, check_callable, stopping
-from .frame import CheckedSolver, fixed_point_info, lower_level
+from ..types import OnFailure, Phi, PyTree, Scalar, SolveInfo
+from .solver import CheckedSolver, lower_level
 
 
 @printed
@@ -65,15 +66,15 @@ def picard(
     check_on_failure("picard", on_failure)
     stop = stopping("picard", num_steps, max_steps, rtol, atol)
 
-    def with_info(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
+    def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
         lower = lower_level("picard", phi, w0, args, kwargs)
         if stop.num_steps is not None:
             step, start = steady(lower.phi, lower.w0)
             w = lax.fori_loop(0, stop.num_steps, lambda _, w: step(w), start)
-            return w, fixed_point_info(phi, stop.num_steps, w, *args, **kwargs)
+            return w, lower.exact_steps(stop.num_steps, w)
         measure = functools.partial(lower.measured, stop)
         image = lower.phi(lower.w0)
         w, _, info = iterate(lower.phi, lower.w0, image, measure, stop.max_steps)
         return stopped_by_residual("picard", w), info
 
-    return CheckedSolver(with_info, on_failure, phi)
+    return CheckedSolver.compiled(solve, on_failure, phi)

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ..compiled import compiled
+from ..errors import check_same
 from ..failure import enforce_value
-from ..iteration import Measured, joint_tolerance
-from ..packing import fresh, is_inexact, partition, phi_hint, started
-from ..realify import Space, norm, random_signs, realified, resolution
+from ..iteration import Measured, Stopping, joint_tolerance
+from ..leaves import fresh, is_inexact, partition, phi_hint, started, traced_once
+from ..problem import Equation
+from ..real_form import Space, random_signs, realified
 from ..types import (
     OnFailure,
     Phi,
@@ -21,8 +24,6 @@ from ..types import (
     SolveInfo,
     Solver,
     Status,
-    Stopping,
-    check_same,
     failed,
     solve_info,
     status_where,
@@ -50,6 +51,18 @@ class CheckedSolver:
     def __repr__(self) -> str:
         return self.name
 
+    @classmethod
+    def compiled(
+        cls, solve: Callable[..., tuple[PyTree, SolveInfo]], on_failure: OnFailure, phi: Phi
+    ) -> "CheckedSolver":
+        """From `solve(w0, *args, **kwargs) -> (w, info)`, under one `jit`."""
+        run = compiled(lambda w0, args, kwargs: solve(w0, *args, **kwargs))
+
+        def with_info(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
+            return run(w0, args, kwargs)
+
+        return cls(with_info, on_failure, phi)
+
     def __call__(self, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         w, info = self.with_info(w0, *args, **kwargs)
         return enforce_value(self.on_failure, "lower-level solve", info, w)
@@ -67,13 +80,14 @@ def solve_with_info(
     return solver(w0, *args, **kwargs), None
 
 
-def fixed_point_info(
-    phi: Phi, num_steps: Scalar, w: PyTree, /, *args: PyTree, **kwargs: PyTree
-) -> SolveInfo:
-    """The info of a solve without a tolerance: its true residual, and whether w is finite."""
-    residual = distance(fresh(phi)(w, *args, **kwargs), w)
-    status = status_where(jnp.isfinite(norm(w)), Status.FIXED_STEPS, Status.NON_FINITE)
-    return solve_info(num_steps, residual, status)
+def exact_steps_info(space: Space, num_steps: Scalar, w: PyTree, residual: PyTree) -> SolveInfo:
+    """The info of a solve without a tolerance: ‖Φ(w) − w‖, and whether w is finite.
+
+    `w` and `residual` are inexact leaves, whose norms `space` takes.
+    """
+    finite = jnp.isfinite(space.size_of(w))
+    status = status_where(finite, Status.FIXED_STEPS, Status.NON_FINITE)
+    return solve_info(num_steps, space.size_of(residual), status)
 
 
 def iterates(solver: Solver, phi: Phi) -> bool:
@@ -82,7 +96,7 @@ def iterates(solver: Solver, phi: Phi) -> bool:
 
 
 def held_to_phi(
-    phi: Callable[[PyTree], PyTree], w0: PyTree, w: PyTree, info: SolveInfo | None
+    equation: Equation, w0: PyTree, w: PyTree, x: PyTree, info: SolveInfo | None
 ) -> SolveInfo:
     """The info of a solve that was not made for Φ: `NOT_FIXED` where Φ(w) is nothing like w.
 
@@ -90,10 +104,10 @@ def held_to_phi(
     w = 0, Φ(w) need not be like any w ≠ 0: what w was at the start tells that such a w is next to
     nothing.
     """
-    image, space = phi(w), Space.of_map(phi, w)
-    residual = space.size_of(optax.tree.sub(image, w))
-    size = jnp.maximum(space.size_of(w), space.size_of(image))
-    far = (residual > 0.9 * size) & (residual > resolution(w) ** 0.5 * space.size_of(w0))
+    r, space = equation.residual(w, x), equation.space(w)
+    residual = space.size_of(r)
+    size = jnp.maximum(space.size_of(w), space.size_of(optax.tree.sub(w, r)))
+    far = (residual > 0.9 * size) & (residual > 0.01 * space.size_of(w0))
     if info is None:
         info = solve_info(0, residual, Status.NOT_RUN)._replace(converged=jnp.asarray(True))
     far &= ~failed(info)
@@ -114,6 +128,11 @@ class Lower(NamedTuple):
     w0: PyTree
     space: Space
 
+    def exact_steps(self, num_steps: int, w: PyTree) -> SolveInfo:
+        """The info after exactly `num_steps`; its one Φ runs where somebody reads it."""
+        before, after = _inexact(w), _inexact(self.phi(w))
+        return exact_steps_info(self.space, num_steps, before, optax.tree.sub(after, before))
+
     def measured(
         self, stop: Stopping, w: PyTree, image: PyTree, *, nudged: bool = False
     ) -> Measured:
@@ -130,6 +149,9 @@ class Lower(NamedTuple):
         norm, scale = self.space.size(r), self.space.size(real)
         sizes, scales = self.space.entries(r), self.space.entries(real)
         eps = np.array([float(jnp.finfo(x.dtype).eps) for x in after])
+        # A leaf whose solution is zero shrinks for ever: what it has lost all digits of it is rid of.
+        first = self.space.entries(to_real(_inexact(self.w0)))
+        scales = jnp.maximum(scales, eps.astype(scales.dtype) * first)
         # A multiple of the rounding of w, smaller where eps is coarse.
         multiple = np.where(eps < 1e-5, 8 * eps, 2 * eps).astype(scales.dtype)
         rounding = multiple * scales
@@ -153,14 +175,9 @@ def lower_level(
         return phi(w, *args, **kwargs)
 
     with phi_hint(where, w0, args, kwargs):
-        closed, image = jax.make_jaxpr(at, return_shape=True)(w0)
+        at, image, jaxpr = traced_once(at, w0)
     check_same(where, image, w0, "`phi(w, ...)`", name)
-    return Lower(at, w0, Space.of(closed.jaxpr, _inexact(w0)))
-
-
-def distance(a: PyTree, b: PyTree) -> jax.Array:
-    """‖a − b‖ over the inexact leaves, in at least float32."""
-    return norm([x - y for x, y in zip(_inexact(a), _inexact(b), strict=True)])
+    return Lower(at, w0, Space.of(jaxpr, _inexact(w0)))
 
 
 def _inexact(w: PyTree) -> list[jax.Array]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from .known import Constants, require
+from .constants import Constants, require
 from .rates import Rate, cg_rate, fp_rate
 from .theorems import aid, aid_fp, itd
 

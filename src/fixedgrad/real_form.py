@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .replication import coupled_axes, largest, total
+from .mapped_axes import coupled_axes, largest, total
 from .types import PyTree
 
 

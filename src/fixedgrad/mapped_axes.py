@@ -14,14 +14,14 @@ import jax.core
 import jax.numpy as jnp
 from jax import lax
 
-from .packing import is_inexact
-from .types import MatVec, PyTree
+from .leaves import is_inexact, within_shard_map
+from .types import Jacobian, MatVec, PyTree, jacobian
 
 
 class Hoisted(NamedTuple):
-    """A product with everything that it depends on as an argument: `apply(consts, u)`."""
+    """A product with everything that it depends on as an argument: `at(consts)` are products."""
 
-    apply: Callable[[list[Any], PyTree], PyTree]
+    at: Callable[[list[Any]], Jacobian]
     consts: list[Any]
 
 
@@ -111,21 +111,22 @@ def _varying(x: Any, axes: frozenset[str]) -> jax.Array:
     return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
-def within_shard_map() -> bool:
-    """Whether this is traced inside a `shard_map`."""
-    return bool(jax.sharding.get_abstract_mesh().manual_axes)
-
-
 def hoisted(matvec: MatVec, b: PyTree) -> Hoisted:
     """`matvec`, a function of pytrees like `b`, without a closure."""
-    closed, out = jax.make_jaxpr(matvec, return_shape=True)(b)
-    treedef = jax.tree.structure(out)
+    m = jacobian(matvec)
+    closed, out = jax.make_jaxpr(m.known, return_shape=True)(b)
+    made = Jacobian if m.complement is None else Jacobian.from_complement
+    treedef, jaxpr, consts = jax.tree.structure(out), closed.jaxpr, list(closed.consts)
+    del closed, m  # What outlives a trace must not hold its tracers.
 
-    def apply(consts: list[Any], u: PyTree) -> PyTree:
-        leaves = jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(u))
-        return jax.tree.unflatten(treedef, leaves)
+    def at(consts: list[Any]) -> Jacobian:
+        def known(u: PyTree) -> PyTree:
+            leaves = jax.core.eval_jaxpr(jaxpr, consts, *jax.tree.leaves(u))
+            return jax.tree.unflatten(treedef, leaves)
 
-    return Hoisted(apply, list(closed.consts))
+        return made(known)
+
+    return Hoisted(at, consts)
 
 
 def varying_axes(tree: PyTree) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import CellType, ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from .types import Phi, PyTree, check_same, hint, shapes_of, show
+from .errors import check_same, hint, shapes_of, show
+from .types import Phi, PyTree
 
 SOLVED = "`w` (the solver's result)"
 
@@ -167,19 +169,59 @@ def partition(tree: PyTree) -> tuple[PyTree, PyTree, Callable[[PyTree, PyTree], 
     return of_kind("x"), of_kind("rest"), join
 
 
-def closure_converted(
+def traced_once(
     function: Callable[..., PyTree], *args: PyTree
-) -> tuple[Callable[..., PyTree], list[Any]]:
-    """The function of `args` and of the traced values that it closes over, and these values.
+) -> tuple[Callable[..., PyTree], PyTree, Any]:
+    """The same function, whose Python code has run once and for all, its result's shapes, its jaxpr.
+
+    It takes arguments of these shapes and dtypes only. In a `shard_map` the types of arguments say
+    more, and may be others in a loop: there the Python code runs again.
+    """
+    closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+    if within_shard_map():
+        return function, out, closed.jaxpr
+    treedef = jax.tree.structure(out)
+
+    def again(*args: PyTree) -> PyTree:
+        leaves = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
+        return jax.tree.unflatten(treedef, leaves)
+
+    return again, out, closed.jaxpr
+
+
+def within_shard_map() -> bool:
+    """Whether this is traced inside a `shard_map`."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+class Converted(NamedTuple):
+    """A function of its arguments and of the traced values that it closed over.
+
+    Attributes:
+        function: `(*args, *values)` to what the function returned of `args`.
+        values: These values.
+        shapes: Those of its result.
+        jaxpr: Of the function.
+    """
+
+    function: Callable[..., PyTree]
+    values: list[Any]
+    shapes: PyTree
+    jaxpr: Any
+
+
+def closure_converted(function: Callable[..., PyTree], *args: PyTree) -> Converted:
+    """The function of `args` and of the traced values that it closes over.
 
     `jax.closure_convert` leaves integers, booleans and keys behind, as they have no tangent; a rule
     that is traced later then holds a tracer of a trace that has ended.
     """
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
-    treedef = jax.tree.structure(out)
+    treedef, jaxpr = jax.tree.structure(out), closed.jaxpr
     places = [i for i, x in enumerate(closed.consts) if isinstance(x, Tracer)]
     values = [closed.consts[i] for i in places]
     fixed = [None if isinstance(x, Tracer) else x for x in closed.consts]
+    del closed  # What outlives a trace must not hold its tracers.
 
     def converted(*operands: PyTree) -> PyTree:
         count = len(operands) - len(places)
@@ -187,9 +229,41 @@ def closure_converted(
         for i, x in zip(places, operands[count:], strict=True):
             consts[i] = x
         leaves = jax.tree.leaves(operands[:count])
-        return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(closed.jaxpr, consts, *leaves))
+        return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(jaxpr, consts, *leaves))
 
-    return converted, values
+    return Converted(converted, values, out, jaxpr)
+
+
+def closes_over_tracers(value: Any) -> bool:
+    """Whether a function, or anything that it closes over, holds a traced value."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tracer):
+            return True
+        if id(value) in seen or isinstance(value, type | ModuleType | str | np.ndarray | jax.Array):
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, tuple | list | set | frozenset):
+            waiting += value
+        else:
+            parts = ("__self__", "__defaults__", "__kwdefaults__", "func", "args", "keywords")
+            waiting += [getattr(value, name, None) for name in parts]
+            waiting += [
+                c.cell_contents for c in getattr(value, "__closure__", None) or () if _full(c)
+            ]
+            waiting += getattr(value, "__dict__", {}).values()
+    return False
+
+
+def _full(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # Of a function that is not defined yet.
+        return False
 
 
 def split_lam(

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..iteration import Measured, joint_tolerance, verdict
-from ..realify import Space, power_of_two, real_dtype, realified, resolution
-from ..replication import steady
+from ..errors import check_callable, check_inexact, check_same
+from ..iteration import Measured, Stopping, joint_tolerance, verdict
+from ..leaves import traced_once
+from ..mapped_axes import steady
+from ..real_form import Space, power_of_two, real_dtype, realified, resolution
 from ..types import (
     LinearSolver,
     MatVec,
@@ -18,11 +20,8 @@ from ..types import (
     Scalar,
     SolveInfo,
     Status,
-    Stopping,
-    check_callable,
-    check_inexact,
-    check_same,
     is_failure,
+    jacobian,
     solve_info,
     status_where,
 )
@@ -44,6 +43,7 @@ class System(NamedTuple):
 
     Attributes:
         matvec: The product with M.
+        product: The product with A = I − M.
         b: The right-hand side.
         x0: The start; `None` for zero.
         space: Where norms and inner products are taken.
@@ -53,15 +53,13 @@ class System(NamedTuple):
     """
 
     matvec: MatVec
+    product: MatVec
     b: PyTree
     x0: PyTree | None
     space: Space
     norm: jax.Array
     scale: jax.Array
     eps: float
-
-    def product(self, x: PyTree) -> PyTree:
-        return tree.sub(x, self.matvec(x))
 
     def residual(self, x: PyTree) -> PyTree:
         return tree.sub(self.b, self.product(x))
@@ -122,12 +120,12 @@ class Correction(NamedTuple):
     status: jax.Array | Status
 
 
-def corrected(stop: Stopping, correct: Callable, gain: float = 0.5) -> Callable:
+def corrected(stop: Stopping, correct: Callable, reduction: float = 0.5) -> Callable:
     """A solve by corrections x ← x + d, d ≈ A⁻¹ (b − A x), each from the true residual.
 
     A recurrence for the residual drifts from the true one. So the true one is computed when the
     recurrence has met the tolerance, and the method starts again from there for as long as that
-    still brings the residual down by the factor `gain`: this is iterative refinement, and it
+    still brings the residual down by the factor `reduction`: this is iterative refinement, and it
     decides on true residuals only.
     """
 
@@ -144,7 +142,7 @@ def corrected(stop: Stopping, correct: Callable, gain: float = 0.5) -> Callable:
 
         def unfinished(carry: Any) -> jax.Array:
             _, _, measured, before, steps, status = carry
-            gains = (measured.sizes <= gain * before) & ~is_failure(status)
+            gains = (measured.sizes <= reduction * before) & ~is_failure(status)
             return ~measured.met & jnp.any(gains) & (steps < stop.max_steps)
 
         def cycle(carry: Any) -> Any:
@@ -176,7 +174,6 @@ def corrected(stop: Stopping, correct: Callable, gain: float = 0.5) -> Callable:
 def linear_solver(
     where: str,
     solve: Callable[[System], tuple[PyTree, SolveInfo]],
-    stop: Stopping | None = None,
     *,
     scaled: bool = True,
     direct: bool = False,
@@ -184,21 +181,22 @@ def linear_solver(
     """The common frame of all solvers: the real form, and zero for a zero right-hand side.
 
     `scaled` is for solvers that square the entries of b, `direct` for those that cannot solve a system
-    which collectives spread over a mapped axis. A solver whose tolerance is traced says so by an
-    attribute `traced`.
+    which collectives spread over a mapped axis.
     """
 
     def solver(matvec: MatVec, b: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
         check_callable(where, "matvec", matvec, "matvec(x) -> M x")
         check_inexact(where, "b", b)
-        closed, image = jax.make_jaxpr(matvec, return_shape=True)(b)
+        m = jacobian(matvec)
+        known, image, jaxpr = traced_once(m.known, b)
         check_same(where, image, b, "`matvec(b)`", "`b`")
+        m = m.replaced(known)
         if x0 is not None:
             check_same(where, x0, b, "`x0`", "`b`")
         if not sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: b))):  # Nothing to solve.
             return b, solve_info(0, jnp.zeros((), real_dtype(b)), Status.CONVERGED)
         to_real, from_real = realified(b)
-        real, space = to_real(b), Space.of(closed.jaxpr, b)
+        real, space = to_real(b), Space.of(jaxpr, b)
         if direct and any(space.axes):
             names = ", ".join(f"`{name}`" for name in space.together)
             raise TypeError(
@@ -213,13 +211,17 @@ def linear_solver(
         if x0 is not None:
             start = tree.where(norm > 0, tree.scale(1 / scale, to_real(x0)), tree.zeros_like(real))
 
-        def product(u: PyTree) -> PyTree:
-            return to_real(matvec(from_real(u)))
+        def in_real_form(product: MatVec) -> MatVec:
+            return lambda u: to_real(product(from_real(u)))
 
-        system = System(product, real, start, space, norm, scale, resolution(b))
+        matvec = in_real_form(m.product)
+        if m.complement is None:  # Subtracted in the real form, which may be wider.
+            product = lambda u: tree.sub(u, matvec(u))  # noqa: E731
+        else:
+            product = in_real_form(m.complement)
+        system = System(matvec, product, real, start, space, norm, scale, resolution(b))
         x, info = solve(system)
         info = info._replace(residual=info.residual * scale, tolerance=info.tolerance * scale)
         return from_real(tree.scale(scale, x)), info
 
-    solver.traced = stop is not None and stop.traced  # pyright: ignore[reportFunctionMemberAccess]
     return solver

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..certificate.certify import Certificate, Options, Reason, certificate_of
-from ..certificate.lagrangian import krylov, pack
+from ..certificate.certify import Certificate, CertificateStatus, Options, certificate_of
+from ..certificate.lagrangian import krylov, stated
 from ..certificate.options import NO_KWARGS, check_kwargs
 from ..decorator import fixed_point
+from ..errors import check_callable, check_same
 from ..estimators import truncated_itd
-from ..lower.frame import distance
-from ..packing import check_arrays, check_concrete, fresh, partition, split_lam, strongly_typed
-from ..realify import inner, norm, resolution, steepest_ascent
-from ..types import Outer, Phi, PyTree, check_callable, check_same
+from ..leaves import check_arrays, check_concrete, fresh, partition, split_lam, strongly_typed
+from ..real_form import inner, norm, resolution, steepest_ascent
+from ..types import Outer, Phi, PyTree
 from .spectrum import solve_lower
 
 tree = optax.tree
@@ -98,7 +98,7 @@ class GradientCheck(NamedTuple):
         for name, a in self._answers().items():
             why = f" ({a.why})" if a.why else ""
             lines.append(f"  {name}: {a.verdict}, relative difference {a.difference:.2e}{why}")
-        reason = Reason(int(self.certificate.reason)).name
+        reason = CertificateStatus(int(self.certificate.status)).name
         relative = float(self.certificate.relative_error)
         lines.append(f"  certificate: relative error {relative:.2e} ({reason})")
         return "\n".join(lines + [f"  warning: {text}" for text in self.warnings])
@@ -188,7 +188,11 @@ def check_gradient(
     if valid:
         rounding = max(float(certificate.error - 1.25 * (gap + certificate.remainder)), 0.0)
     length = float(norm(w))
-    scale = max(length, float(distance(w, w0)), 64 * resolution(w) * float(norm(x)))
+    scale = max(
+        length,
+        _distance(w, w0),
+        64 * resolution(w) * float(norm(x)),
+    )
     near = float(certificate.residual_w) <= _FAR * scale
     rtol = max(rtol, resolution((w, x)) ** 0.5)
 
@@ -218,10 +222,10 @@ def check_gradient(
     @jax.jit
     def value(x: PyTree, w: PyTree) -> tuple[jax.Array, ...]:
         """At the solver's w: E, ‖Φ(w) − w‖, ‖w‖; E at the fixed point from there; if that failed."""
-        packed = pack(where, outer, phi, w, join(x), args, data)
-        residual = norm(tree.sub(packed.phi(packed.w, packed.x), packed.w))
-        solved = solve_lower(packed, 0.0)
-        own, exact = (packed.outer(u, packed.x) for u in (packed.w, solved.w))
+        problem = stated(where, outer, phi, w, join(x), args, data)
+        residual = norm(problem.equation.residual(problem.w, problem.x))
+        solved = solve_lower(problem, 0.0)
+        own, exact = (problem.outer(u, problem.x) for u in (problem.w, solved.w))
         return own, residual, norm(w), exact, solved.failed
 
     direction = _direction(polished if valid else gradient, random=not valid or not size > 0)
@@ -256,7 +260,7 @@ def check_gradient(
         )
     elif not nothing and bends[1] > max(0.6 * bends[0], rtol * size_along + 4 * noise):
         nothing = "f has a kink nearby: its one-sided differences do not approach each other"
-    reason = Reason(int(certificate.reason)).name
+    reason = CertificateStatus(int(certificate.status)).name
     invalid = "" if valid else f"the certificate is not valid: {reason}"
     early = f"ITD has not converged after {num_steps} steps" if bool(unsettled) else ""
     warnings: tuple[str, ...] = ()
@@ -268,7 +272,7 @@ def check_gradient(
             "stop early?",
         )
     first, second = (fresh(phi)(w, lam, *args, **data) for _ in range(2))
-    if float(distance(first, second)) > 0:
+    if _distance(first, second) > 0:
         warnings += (
             "phi(w) is another when it is called again with the same arguments: does `phi` draw from "
             "a random generator? Compiled, it draws once; give it a key of `jax.random` instead.",
@@ -281,6 +285,10 @@ def check_gradient(
         answer(abs(found[0] - float(along)), size_along, spread + noise, nothing, counts=True),
         warnings,
     )
+
+
+def _distance(a: PyTree, b: PyTree) -> float:
+    return float(norm(tree.sub(partition(a)[0], partition(b)[0])))
 
 
 def _direction(gradient: PyTree, random: bool) -> PyTree:

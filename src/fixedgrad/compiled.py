@@ -1,0 +1,111 @@
+"""Compiled once: a function under a `jit` of its own, kept for as long as what it was made of.
+
+A second call with the same functions, options and shapes traces nothing.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from .leaves import Layout, split_static
+from .types import PyTree
+
+
+@jax.tree_util.register_pytree_node_class
+class _Result:
+    """What a compiled function returns: arrays, and leaves that are none in the structure."""
+
+    def __init__(self, layout: Layout, arrays: list[Any]):
+        self.layout, self.arrays = layout, arrays
+
+    @classmethod
+    def of(cls, tree: PyTree) -> "_Result":
+        return cls(
+            *split_static(jax.tree.map(lambda x: _Float0(x.shape) if _is_float0(x) else x, tree))
+        )
+
+    def value(self) -> PyTree:
+        tree = self.layout.join(self.arrays)
+        return jax.tree.map(lambda x: x.zeros() if isinstance(x, _Float0) else x, tree)
+
+    def tree_flatten(self) -> tuple[list[Any], Layout]:
+        return self.arrays, self.layout
+
+    @classmethod
+    def tree_unflatten(cls, layout: Layout, arrays: list[Any]) -> "_Result":
+        return cls(layout, list(arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Float0:
+    """The gradient of a leaf that has none: no array to `jit`."""
+
+    shape: tuple[int, ...]
+
+    def zeros(self) -> np.ndarray:
+        return np.zeros(self.shape, jax.dtypes.float0)
+
+
+def _is_float0(leaf: Any) -> bool:
+    return getattr(leaf, "dtype", None) == jax.dtypes.float0
+
+
+class Compiled(NamedTuple):
+    """A function under a `jit` of its own; leaves of arguments and results may be no arrays."""
+
+    jitted: Any
+
+    def __call__(self, *args: PyTree) -> PyTree:
+        return self.jitted(*split_static(args)).value()
+
+    def eval_shape(self, *args: PyTree) -> PyTree:
+        """The shapes of the result; what is traced for them is not traced again."""
+        return self.jitted.eval_shape(*split_static(args)).value()
+
+
+def compiled(function: Callable[..., PyTree]) -> Compiled:
+    """`function`, compiled once for all calls with the same shapes and the same leaves without one."""
+
+    def call(layout: Layout, arrays: list[jax.Array]) -> PyTree:
+        return _Result.of(function(*layout.join(arrays)))
+
+    return Compiled(jax.jit(call, static_argnums=0))
+
+
+def compiled_for(
+    functions: tuple[Callable[..., Any], ...],
+    options: Hashable,
+    make: Callable[..., Callable[..., PyTree]],
+) -> Compiled:
+    """`compiled(make(*functions))`, made once for these functions and options, kept while they live.
+
+    What is kept refers to the functions weakly: a program goes when one of its functions goes. A
+    function that cannot be referred to so has its program made at every call.
+    """
+    try:
+        references = [weakref.ref(function) for function in functions]
+        table = _PROGRAMS
+        for function in functions:
+            table = table.setdefault(function, weakref.WeakKeyDictionary())
+    except TypeError:
+        return compiled(make(*functions))
+    programs = table.setdefault(_OPTIONS, {})
+    if options not in programs:
+
+        def call(*args: PyTree) -> PyTree:
+            return make(*(reference() for reference in references))(*args)
+
+        programs[options] = compiled(call)
+    return programs[options]
+
+
+class _Options:
+    """The key of the innermost table of programs."""
+
+
+_OPTIONS = _Options()
+_PROGRAMS: Any = weakref.WeakKeyDictionary()

@@ -1,0 +1,190 @@
+"""The bilevel problem at one λ, on inexact leaves alone: Φ and E, the adjoint system, the Lagrangian.
+
+L(w, λ, v) = E(w, λ) + ⟨v, Φ(w, λ) − w⟩,
+∇_w L = r_v = ∇₁E − (I − Jᵀ)v,    ∇_λ L = ĝ = ∇₂E + Bᵀv,    J = ∂₁Φ, B = ∂₂Φ.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from .errors import check_same, check_scalar
+from .leaves import fresh, partition, phi_hint, split_lam, traced_once
+from .real_form import Space
+from .types import Jacobian, MatVec, Outer, Phi, PyTree, ResidualMap
+
+tree = optax.tree
+
+
+class Linearised(NamedTuple):
+    """Products with the derivatives of Φ at (w, x), all from one linearisation.
+
+    Attributes:
+        j: u ↦ J u, or in reverse mode u ↦ Jᵀ u.
+        b: ẋ ↦ B ẋ, or in reverse mode v ↦ Bᵀ v.
+    """
+
+    j: Jacobian
+    b: MatVec
+
+
+class Equation(NamedTuple):
+    """The equation w = Φ(w, x) on inexact leaves: w, and x for all that Φ depends on beside w.
+
+    Attributes:
+        function: `(w, x)` to Φ(w, x), or to F(w, x) = w − Φ(w, x) for a `ResidualMap`.
+        by_residual: Which of the two.
+        jaxpr: Of `function`: what collectives Φ holds.
+    """
+
+    function: Callable[[PyTree, PyTree], PyTree]
+    by_residual: bool
+    jaxpr: Any
+
+    def phi(self, w: PyTree, x: PyTree) -> PyTree:
+        """Φ(w, x)."""
+        value = self.function(w, x)
+        return tree.sub(w, value) if self.by_residual else value
+
+    def residual(self, w: PyTree, x: PyTree) -> PyTree:
+        """F(w, x) = w − Φ(w, x)."""
+        value = self.function(w, x)
+        return value if self.by_residual else tree.sub(w, value)
+
+    def space(self, w: PyTree) -> Space:
+        """Where norms of pytrees like w are taken."""
+        return Space.of(self.jaxpr, w)
+
+    def vjp(self, w: PyTree, x: PyTree) -> Linearised:
+        """Products with Jᵀ and Bᵀ."""
+        _, pull = jax.vjp(self.function, w, x)
+        return self._linearised(lambda u: pull(u)[0], lambda u: pull(u)[1])
+
+    def jvp(self, w: PyTree, x: PyTree) -> Linearised:
+        """Products with J and B."""
+        _, push = jax.linearize(self.function, w, x)
+        w_zero, x_zero = tree.zeros_like((w, x))
+        return self._linearised(lambda u: push(u, x_zero), lambda x_dot: push(w_zero, x_dot))
+
+    def _linearised(self, first: MatVec, second: MatVec) -> Linearised:
+        if not self.by_residual:
+            return Linearised(Jacobian(first), second)
+        # I − J = ∂₁F and B = −∂₂F.
+        return Linearised(Jacobian.from_complement(first), lambda u: tree.scale(-1, second(u)))
+
+
+class Gradients(NamedTuple):
+    """The residuals of both stages at (w, v), and the hypergradient that v gives.
+
+    Attributes:
+        r_w: w − Φ(w).
+        r_v: ∇₁E − (I − Jᵀ)v.
+        gradient: ĝ = ∇₂E + Bᵀv.
+        b: ∇₁E.
+    """
+
+    r_w: PyTree
+    r_v: PyTree
+    gradient: PyTree
+    b: PyTree
+
+
+class Adjoint(NamedTuple):
+    """The adjoint system (I − Jᵀ)v = b at (w, λ), and what its solution gives.
+
+    Attributes:
+        value: E(w, λ).
+        b: ∇₁E.
+        jt: v ↦ Jᵀ v.
+        gradient: v ↦ ∇₂E + Bᵀ v.
+    """
+
+    value: jax.Array
+    b: PyTree
+    jt: Jacobian
+    gradient: Callable[[PyTree], PyTree]
+
+
+class Problem(NamedTuple):
+    """Φ and E at one λ and its data, as functions of the inexact leaves of w and λ alone.
+
+    Attributes:
+        equation: w = Φ(w, x).
+        outer: E(w, x).
+        w: The inexact leaves of w.
+        x: The inexact leaves of λ.
+        join_w: From inexact leaves to w.
+        join_gradient: From those of a gradient to one like λ.
+    """
+
+    equation: Equation
+    outer: Callable[[PyTree, PyTree], jax.Array]
+    w: PyTree
+    x: PyTree
+    join_w: Callable[[PyTree], PyTree]
+    join_gradient: Callable[[PyTree], PyTree]
+
+    @classmethod
+    def of(
+        cls,
+        where: str,
+        outer: Outer,
+        phi: Phi,
+        w: PyTree,
+        lam: PyTree,
+        args: tuple[PyTree, ...],
+        kwargs: dict[str, PyTree],
+        name: str = "`w`",
+    ) -> "Problem":
+        """The problem; Φ and E are traced once, and checked.
+
+        Raises:
+            TypeError: λ has no inexact leaf, Φ(w) is not like w, or E is not one real scalar.
+        """
+        x, join_lam, join_gradient = split_lam(where, lam)
+        w_x, w_rest, join_w = partition(w)
+
+        def on_leaves(function: Callable[..., PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
+            return lambda w_x, x: function(join_w(w_x, w_rest), join_lam(x), *args, **kwargs)
+
+        function, by_residual = precise(where, phi)
+        at, image, jaxpr = traced_once(on_leaves(function), w_x, x)
+        check_same(where, image, w, "`phi(w, ...)`", name)
+        equation = Equation(lambda w_x, x: partition(at(w_x, x))[0], by_residual, jaxpr)
+        value, shape, _ = traced_once(on_leaves(outer), w_x, x)
+        check_scalar(where, shape)
+        return cls(equation, value, w_x, x, lambda w_x: join_w(w_x, w_rest), join_gradient)
+
+    def adjoint(self, w: PyTree) -> Adjoint:
+        """The adjoint system at w, from one linearisation of Φ and one gradient of E."""
+        value, (b, direct) = jax.value_and_grad(self.outer, argnums=(0, 1))(w, self.x)
+        of_phi = self.equation.vjp(w, self.x)
+        return Adjoint(value, b, of_phi.j, lambda v: tree.add(direct, of_phi.b(v)))
+
+    def gradients(self, w: PyTree, v: PyTree) -> Gradients:
+        """The gradients of the Lagrangian at (w, v), and what they are made of."""
+        b, direct = jax.grad(self.outer, argnums=(0, 1))(w, self.x)
+        value, pull = jax.vjp(self.equation.function, w, self.x)
+        of_w, of_x = pull(v)
+        if self.equation.by_residual:  # (I − Jᵀ)v and −Bᵀv.
+            return Gradients(value, tree.sub(b, of_w), tree.sub(direct, of_x), b)
+        r_v = tree.add(tree.sub(b, v), of_w)
+        return Gradients(tree.sub(w, value), r_v, tree.add(direct, of_x), b)
+
+
+def precise(where: str, phi: Phi) -> tuple[Callable[..., PyTree], bool]:
+    """What an `Equation` evaluates, and whether it is the residual: of Φ, at the highest precision.
+
+    The default precision of some accelerators keeps ten bits of a product, and linear solvers stall
+    near 1e-3.
+    """
+    by_residual = isinstance(phi, ResidualMap)
+    function = fresh(phi.residual if isinstance(phi, ResidualMap) else phi)
+
+    def at_highest(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        with jax.default_matmul_precision("highest"), phi_hint(where, w, args, kwargs):
+            return function(w, *args, **kwargs)
+
+    return at_highest, by_residual
