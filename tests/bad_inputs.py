@@ -157,7 +157,7 @@ BAD_INPUTS = (
         "an estimator for the linear solver",
         lambda: fg.aid(fg.itd()),  # pyright: ignore
         TypeError,
-        ("`linear_solver` of `aid`", "of type `Estimator`", "(matvec, b, x0=None) -> (x, info)"),
+        ("`linear_solver` of `aid`", "of type `Unrolled`", "(matvec, b, x0=None) -> (x, info)"),
     ),
     BadInput(
         "a name for the linear solver",

@@ -3,13 +3,11 @@
 A second call with the same functions, options and shapes traces nothing.
 """
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from .leaves import Layout, split_static
 from .types import PyTree
@@ -22,16 +20,6 @@ class _Result:
     def __init__(self, layout: Layout, arrays: list[Any]):
         self.layout, self.arrays = layout, arrays
 
-    @classmethod
-    def of(cls, tree: PyTree) -> "_Result":
-        return cls(
-            *split_static(jax.tree.map(lambda x: _Float0(x.shape) if _is_float0(x) else x, tree))
-        )
-
-    def value(self) -> PyTree:
-        tree = self.layout.join(self.arrays)
-        return jax.tree.map(lambda x: x.zeros() if isinstance(x, _Float0) else x, tree)
-
     def tree_flatten(self) -> tuple[list[Any], Layout]:
         return self.arrays, self.layout
 
@@ -40,18 +28,8 @@ class _Result:
         return cls(layout, list(arrays))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Float0:
-    """The gradient of a leaf that has none: no array to `jit`."""
-
-    shape: tuple[int, ...]
-
-    def zeros(self) -> np.ndarray:
-        return np.zeros(self.shape, jax.dtypes.float0)
-
-
-def _is_float0(leaf: Any) -> bool:
-    return getattr(leaf, "dtype", None) == jax.dtypes.float0
+def _value(result: _Result) -> PyTree:
+    return result.layout.join(result.arrays)
 
 
 class Compiled(NamedTuple):
@@ -60,18 +38,18 @@ class Compiled(NamedTuple):
     jitted: Any
 
     def __call__(self, *args: PyTree) -> PyTree:
-        return self.jitted(*split_static(args)).value()
+        return _value(self.jitted(*split_static(args)))
 
     def eval_shape(self, *args: PyTree) -> PyTree:
         """The shapes of the result; what is traced for them is not traced again."""
-        return self.jitted.eval_shape(*split_static(args)).value()
+        return _value(self.jitted.eval_shape(*split_static(args)))
 
 
 def compiled(function: Callable[..., PyTree]) -> Compiled:
     """`function`, compiled once for all calls with the same shapes and the same leaves without one."""
 
     def call(layout: Layout, arrays: list[jax.Array]) -> PyTree:
-        return _Result.of(function(*layout.join(arrays)))
+        return _Result(*split_static(function(*layout.join(arrays))))
 
     return Compiled(jax.jit(call, static_argnums=0))
 

@@ -1,5 +1,6 @@
 """A pytree taken apart into what is differentiated, what rides along, and what is static."""
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import CellType, ModuleType
@@ -28,8 +29,22 @@ class Layout(NamedTuple):
         """The arguments again, from the arrays among their leaves."""
         leaves = list(arrays)
         for position, leaf in self.static:
-            leaves.insert(position, leaf)
+            leaves.insert(position, leaf.zeros() if isinstance(leaf, _Float0) else leaf)
         return jax.tree.unflatten(self.treedef, leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Float0:
+    """The gradient of a leaf that has none: no array to `jit`, and hashable."""
+
+    shape: tuple[int, ...]
+
+    def zeros(self) -> np.ndarray:
+        return np.zeros(self.shape, jax.dtypes.float0)
+
+
+def _is_float0(leaf: Any) -> bool:
+    return getattr(leaf, "dtype", None) == jax.dtypes.float0
 
 
 def split_static(call: PyTree) -> tuple[Layout, list[Any]]:
@@ -39,6 +54,7 @@ def split_static(call: PyTree) -> tuple[Layout, list[Any]]:
         TypeError: A leaf is neither an array nor hashable.
     """
     leaves, treedef = jax.tree.flatten(call)
+    leaves = [_Float0(x.shape) if _is_float0(x) else x for x in leaves]
     static = tuple((i, leaf) for i, leaf in enumerate(leaves) if not _is_array(leaf))
     for _, leaf in static:
         try:
@@ -292,7 +308,9 @@ def blank(shapes: PyTree) -> PyTree:
     Not NaN: whoever hunts one by `jax.debug_nans` is not to be stopped where nothing is wrong.
     """
 
-    def nothing(s: jax.ShapeDtypeStruct) -> jax.Array:
+    def nothing(s: Any) -> Any:
+        if not isinstance(s, jax.ShapeDtypeStruct):  # A leaf that is no array, known already.
+            return s
         return jnp.full(s.shape, jnp.inf if is_inexact(s) else 0, s.dtype)
 
     return jax.tree.map(nothing, shapes)

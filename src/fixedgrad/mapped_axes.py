@@ -148,7 +148,7 @@ def placed_like(tree: PyTree, like: PyTree) -> PyTree:
     """
 
     def placed(x: Any, y: Any) -> Any:
-        if x.dtype == jax.dtypes.float0:
+        if not hasattr(x, "dtype") or x.dtype == jax.dtypes.float0:
             return x
         never = (y != y) & (y == y)  # What XLA cannot know, so that x goes where y is.
         return jnp.where(never, jnp.asarray(y, x.dtype), x)

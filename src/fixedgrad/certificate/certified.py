@@ -11,7 +11,7 @@ from ..bounds import Constants
 from ..compiled import compiled
 from ..errors import check_count
 from ..hypergradient import Hypergradient, HypergradientState
-from ..leaves import blank, eval_shape
+from ..leaves import blank, split_static
 from ..mapped_axes import placed_like
 from ..printing import printed
 from ..real_form import norm
@@ -139,6 +139,13 @@ def _with_certificate(
         )
 
     @compiled
+    def first(
+        state: HypergradientState, lam: PyTree, args: Any, kwargs: Any
+    ) -> tuple[PyTree, Certificate]:
+        grad, state = inner_update(state, lam, *args, **kwargs)
+        return grad, answer(grad, state, lam, *args, **kwargs)
+
+    @compiled
     def updated(
         state: HypergradientState, lam: PyTree, args: Any, kwargs: Any
     ) -> tuple[PyTree, HypergradientState]:
@@ -148,8 +155,13 @@ def _with_certificate(
         if every == 1:
             certificate = answer(grad, state, lam, *args, **kwargs)
         else:
-            certificate = lax.cond(
-                due, lambda: answer(grad, state, lam, *args, **kwargs), lambda: before
+            layout, kept = split_static(before)
+            certificate = layout.join(
+                lax.cond(
+                    due,
+                    lambda: split_static(answer(grad, state, lam, *args, **kwargs))[1],
+                    lambda: kept,
+                )
             )
         return placed_like(choose(grad, certificate), lam), state._replace(certificate=certificate)
 
@@ -161,10 +173,7 @@ def _with_certificate(
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
         state = inner_init(w0, lam, *args, **kwargs)
 
-        def shape(state: HypergradientState, lam: PyTree) -> Certificate:
-            grad, state = inner_update(state, lam, *args, **kwargs)
-            return answer(grad, state, lam, *args, **kwargs)
-
-        return state._replace(certificate=blank(eval_shape(shape, state, lam)))
+        _, shapes = first.eval_shape(state, lam, args, kwargs)
+        return state._replace(certificate=blank(shapes))
 
     return Hypergradient(init, update, outer, phi)
