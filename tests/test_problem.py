@@ -92,7 +92,7 @@ def test_float32_solves_what_a_small_step_size_makes_ill_conditioned():
 
     lam = jnp.linspace(1.0, 2.0, 6, dtype=jnp.float32)
     want = lam / hessian**2
-    phi = fg.gradient_descent(quadratic, step_size=1e-6)
+    phi = fg.gradient_descent(quadratic, step_size=1e-7)
 
     def error(phi, linear_solver):
         solve = fg.fixed_point(phi, fg.aid(linear_solver))(lambda w0, lam: lam / hessian)
@@ -101,7 +101,7 @@ def test_float32_solves_what_a_small_step_size_makes_ill_conditioned():
 
     assert error(phi, fg.dense()) < 1e-5
     for method in (fg.cg, fg.gmres, fg.bicgstab):
-        assert error(phi, method(max_steps=60, rtol=1e-5)) < 1e-4
+        assert error(phi, method(max_steps=60, rtol=1e-5)) < 1e-3  # The tolerance times κ.
     # What subtraction leaves of it: the control.
     assert not error(lambda w, lam: phi(w, lam), fg.dense()) < 1e-2
 
