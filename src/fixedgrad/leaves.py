@@ -210,6 +210,17 @@ def within_shard_map() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def without_consts(closed: Any) -> Any:
+    """The jaxpr of a closed one, for `eval_jaxpr` with any constants.
+
+    What outlives a trace must not hold its tracers, and from JAX 0.12 on a jaxpr holds its constants.
+    """
+    jaxpr = closed.jaxpr
+    if not hasattr(jaxpr, "with_consts"):
+        return jaxpr
+    return jaxpr.with_consts([None] * len(closed.consts))
+
+
 class Converted(NamedTuple):
     """A function of its arguments and of the traced values that it closed over.
 
@@ -233,11 +244,11 @@ def closure_converted(function: Callable[..., PyTree], *args: PyTree) -> Convert
     that is traced later then holds a tracer of a trace that has ended.
     """
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
-    treedef, jaxpr = jax.tree.structure(out), closed.jaxpr
+    treedef, jaxpr = jax.tree.structure(out), without_consts(closed)
     places = [i for i, x in enumerate(closed.consts) if isinstance(x, Tracer)]
     values = [closed.consts[i] for i in places]
     fixed = [None if isinstance(x, Tracer) else x for x in closed.consts]
-    del closed  # What outlives a trace must not hold its tracers.
+    del closed
 
     def converted(*operands: PyTree) -> PyTree:
         count = len(operands) - len(places)

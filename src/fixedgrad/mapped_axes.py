@@ -14,7 +14,7 @@ import jax.core
 import jax.numpy as jnp
 from jax import lax
 
-from .leaves import is_inexact, within_shard_map
+from .leaves import is_inexact, within_shard_map, without_consts
 from .types import Jacobian, MatVec, PyTree, jacobian
 
 
@@ -116,7 +116,7 @@ def hoisted(matvec: MatVec, b: PyTree) -> Hoisted:
     m = jacobian(matvec)
     closed, out = jax.make_jaxpr(m.known, return_shape=True)(b)
     made = Jacobian if m.complement is None else Jacobian.from_complement
-    treedef, jaxpr, consts = jax.tree.structure(out), closed.jaxpr, list(closed.consts)
+    treedef, jaxpr, consts = jax.tree.structure(out), without_consts(closed), list(closed.consts)
     del closed, m  # What outlives a trace must not hold its tracers.
 
     def at(consts: list[Any]) -> Jacobian:
