@@ -414,13 +414,13 @@ BAD_INPUTS = (
         "an array of text for lam",
         lambda: _solved(lam=np.array(["ridge"])),
         TypeError,
-        ("argument of the decorated solver", "holds array(['ridge']", "pass arrays, numbers"),
+        ("An argument holds", "holds array(['ridge']", "pass arrays, numbers"),
     ),
     BadInput(
         "a set in lam",
         lambda: _solved(lam={"groups": {1, 2}}),
         TypeError,
-        ("argument of the decorated solver", "holds {1, 2} of type `set`", "pass arrays, numbers"),
+        ("An argument holds", "holds {1, 2} of type `set`", "pass arrays, numbers"),
     ),
     BadInput(
         "a keyword that phi does not know",

@@ -426,7 +426,7 @@ STRUCTURE_ROWS = [
     Row(
         "argument that is neither an array nor hashable",
         TypeError,
-        r"An argument of the decorated solver holds \{1\} of type `set`, which is neither numeric nor "
+        r"An argument holds \{1\} of type `set`, which is neither numeric nor "
         "hashable; pass arrays, numbers or registered pytrees, or close over it",
         lambda: decorated(half)(ONES, {1}),
     ),

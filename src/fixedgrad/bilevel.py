@@ -14,7 +14,7 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from .compiled import compiled
+from .compiled import Compiled
 from .errors import check_callable, check_count, check_number, check_same, hint, shapes_of, show
 from .hypergradient import Hypergradient, HypergradientState
 from .leaves import blank, check_arrays, is_weak, owned, partition, settled_lam, strongly_typed
@@ -281,8 +281,8 @@ def bilevel(
         check_callable("bilevel", "project", project, "project(lam) -> lam")
     full = optax.with_extra_args_support(optimizer)
 
-    @compiled
-    def first_state(w0: PyTree, lam: PyTree, args: Any, kwargs: Any) -> BilevelState:
+    @Compiled
+    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> BilevelState:
         check_arrays("bilevel", "lam", lam)
         hyper = hypergrad.init(w0, lam, *args, **kwargs)
         if any(map(is_weak, jax.tree.leaves(lam))):  # Python numbers, as wide as w: known only now.
@@ -293,11 +293,10 @@ def bilevel(
         running = jnp.int32(StopReason.RUNNING)
         return BilevelState(owned(lam), hyper, owned(optimizer_state), jnp.int32(0), running)
 
-    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> BilevelState:
-        return first_state(w0, lam, args, kwargs)
-
-    @compiled
-    def next_state(state: BilevelState, args: Any, kwargs: Any) -> tuple[BilevelState, BilevelInfo]:
+    @Compiled
+    def step(
+        state: BilevelState, /, *args: PyTree, **kwargs: PyTree
+    ) -> tuple[BilevelState, BilevelInfo]:
         _check_optimizer_state(full, state)
         grad, hyper = hypergrad.update(state.hypergrad, state.lam, *args, **kwargs)
         finite = jnp.isfinite(norm(grad))
@@ -342,11 +341,6 @@ def bilevel(
         )
         num_steps = state.num_steps + taken.astype(jnp.int32)
         return BilevelState(lam, hyper, optimizer_state, num_steps, reason, state.memory), info
-
-    def step(
-        state: BilevelState, /, *args: PyTree, **kwargs: PyTree
-    ) -> tuple[BilevelState, BilevelInfo]:
-        return next_state(state, args, kwargs)
 
     # A program of its own for each loop, not of the module: it is to go when the loop goes.
     scan = jax.jit(functools.partial(_scan, step), static_argnums=(0, 1, 2))

@@ -3,9 +3,10 @@
 A second call with the same functions, options and shapes traces nothing.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -32,26 +33,27 @@ def _value(result: _Result) -> PyTree:
     return result.layout.join(result.arrays)
 
 
-class Compiled(NamedTuple):
-    """A function under a `jit` of its own; leaves of arguments and results may be no arrays."""
+class Compiled:
+    """A function under a `jit` of its own; leaves of arguments and results may be no arrays.
 
-    jitted: Any
+    It is compiled once for all calls with the same shapes and the same leaves that are no arrays.
+    """
 
-    def __call__(self, *args: PyTree) -> PyTree:
-        return _value(self.jitted(*split_static(args)))
+    def __init__(self, function: Callable[..., PyTree]):
+        functools.update_wrapper(self, function)
 
-    def eval_shape(self, *args: PyTree) -> PyTree:
+        def call(layout: Layout, arrays: list[jax.Array]) -> PyTree:
+            args, kwargs = layout.join(arrays)
+            return _Result(*split_static(function(*args, **kwargs)))
+
+        self._jitted = jax.jit(call, static_argnums=0)
+
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        return _value(self._jitted(*split_static((args, kwargs))))
+
+    def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """The shapes of the result; what is traced for them is not traced again."""
-        return _value(self.jitted.eval_shape(*split_static(args)))
-
-
-def compiled(function: Callable[..., PyTree]) -> Compiled:
-    """`function`, compiled once for all calls with the same shapes and the same leaves without one."""
-
-    def call(layout: Layout, arrays: list[jax.Array]) -> PyTree:
-        return _Result(*split_static(function(*layout.join(arrays))))
-
-    return Compiled(jax.jit(call, static_argnums=0))
+        return _value(self._jitted.eval_shape(*split_static((args, kwargs))))
 
 
 def compiled_for(
@@ -59,7 +61,7 @@ def compiled_for(
     options: Hashable,
     make: Callable[..., Callable[..., PyTree]],
 ) -> Compiled:
-    """`compiled(make(*functions))`, made once for these functions and options, kept while they live.
+    """`Compiled(make(*functions))`, made once for these functions and options, kept while they live.
 
     What is kept refers to the functions weakly: a program goes when one of its functions goes. A
     function that cannot be referred to so has its program made at every call.
@@ -70,14 +72,14 @@ def compiled_for(
         for function in functions:
             table = table.setdefault(function, weakref.WeakKeyDictionary())
     except TypeError:
-        return compiled(make(*functions))
+        return Compiled(make(*functions))
     programs = table.setdefault(_OPTIONS, {})
     if options not in programs:
 
         def call(*args: PyTree) -> PyTree:
             return make(*(reference() for reference in references))(*args)
 
-        programs[options] = compiled(call)
+        programs[options] = Compiled(call)
     return programs[options]
 
 

@@ -13,18 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .compiled import Compiled
 from .errors import check_callable, check_same, hint, shapes_of, show
 from .estimators import check_estimator
 from .failure import check_on_failure, enforce, enforce_value
 from .leaves import (
     SOLVED,
-    Layout,
     check_arrays,
     check_phi,
     closes_over_tracers,
     closure_converted,
     partition,
-    split_static,
     within_shard_map,
     zero_tangent,
 )
@@ -169,8 +168,7 @@ def fixed_point(
         check_callable("fixed_point", "solver", solver, "solver(w0, *args) -> w")
         check = same_arguments("fixed_point", phi, solver)
 
-        def call(informed: bool, layout: Layout, arrays: list[jax.Array]) -> PyTree:
-            w0, args, kwargs = layout.join(arrays)
+        def call(informed: bool, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
             if isinstance(estimator, Unrolled):
                 w, aux, info = _run(solver, has_aux, w0, args, kwargs)
                 check_phi("fixed_point", phi, w, SOLVED, args, kwargs)
@@ -184,17 +182,18 @@ def fixed_point(
             out = (w, aux) if has_aux else w
             return (out, info) if informed else out
 
-        compiled = jax.jit(call, static_argnums=(0, 1))
         refused = _FORWARD_PHI
         if isinstance(estimator, Implicit) and not estimator.every_mode:
             refused = _FORWARD_MODE
 
         def entry(informed: bool) -> Callable[..., PyTree]:
+            run = Compiled(functools.partial(call, informed))
+
             def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
                 check(args, kwargs)
                 check_arrays("fixed_point", "w0", w0)
                 with _no_custom_vjp(refused):
-                    return compiled(informed, *split_static((w0, args, kwargs)))
+                    return run(w0, *args, **kwargs)
 
             # Not its attributes: a `with_info` of the solver would go around the rule.
             return functools.wraps(solver, updated=())(solve)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .compiled import compiled
+from .compiled import Compiled
 from .errors import check_callable, check_same, hint, shapes_of, show
 from .estimators import check_estimator
 from .failure import check_on_failure, enforce
@@ -285,10 +285,12 @@ def hypergradient(
     check = same_arguments("hypergradient", phi, solver)
     implicit = None if isinstance(estimator, Unrolled) else estimator
 
-    @compiled
-    def solved(memory: PyTree, lam: PyTree, args: Any, kwargs: Any) -> tuple[PyTree, _Solved]:
+    @Compiled
+    def solved(
+        memory: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
+    ) -> tuple[PyTree, _Solved]:
         w0, v0 = start.propose(memory)
-        x, join_lam, _ = split_lam("hypergradient", lam)
+        x, join_lam, join_gradient = split_lam("hypergradient", lam)
 
         def run(x: PyTree) -> tuple[PyTree, tuple[PyTree, SolveInfo | None]]:
             w, info = solve_with_info(solver, w0, join_lam(x), *args, **kwargs)
@@ -326,32 +328,28 @@ def hypergradient(
             lost |= failed(back.info)
         memory = optax.tree.where(lost, memory, start.record(memory, w, v))
         # Of its own, where `record` kept w and v: two leaves of a state must not share a buffer.
-        return grad, _Solved(value, w, v, HypergradientInfo(lower, back.info), owned(memory))
+        info = HypergradientInfo(lower, back.info)
+        return join_gradient(grad), _Solved(value, w, v, info, owned(memory))
 
     def update(
         state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, HypergradientState]:
         check_state(state)
         check((lam, *args), kwargs)
-        grad, new = solved(state.memory, lam, args, kwargs)
-        *_, join_gradient = split_lam("hypergradient", lam)
-        num_updates, certificate = state.num_updates + 1, state.certificate
-        return join_gradient(grad), HypergradientState(
-            *new, num_updates=num_updates, certificate=certificate
+        grad, new = solved(state.memory, lam, *args, **kwargs)
+        return grad, HypergradientState(
+            *new, num_updates=state.num_updates + 1, certificate=state.certificate
         )
 
-    @compiled
-    def blank_state(w0: PyTree, lam: PyTree, args: Any, kwargs: Any) -> HypergradientState:
+    @Compiled
+    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
         w0 = started("hypergradient", phi, w0, (lam, *args), kwargs)
         memory = start.init(w0, zeros_like_inexact(w0))
-        _, shapes = solved.eval_shape(memory, lam, args, kwargs)
+        _, shapes = solved.eval_shape(memory, lam, *args, **kwargs)
         check_same("hypergradient", w0, shapes.w, "`w0`", SOLVED)
         value, info = blank((shapes.value, shapes.info))
         v = None if shapes.v is None else zeros_like_inexact(w0)
         return owned(HypergradientState(value, w0, v, info, memory, jnp.int32(0)))
-
-    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
-        return blank_state(w0, lam, args, kwargs)
 
     return Hypergradient(init, update, outer, phi)
 

@@ -61,7 +61,7 @@ def split_static(call: PyTree) -> tuple[Layout, list[Any]]:
             hash(leaf)
         except TypeError:
             raise TypeError(
-                f"An argument of the decorated solver holds {show(leaf)}, which is neither numeric "
+                f"An argument holds {show(leaf)}, which is neither numeric "
                 "nor hashable; pass arrays, numbers or registered pytrees, or close over it."
             ) from None
     positions = {i for i, _ in static}

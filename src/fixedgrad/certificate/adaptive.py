@@ -1,14 +1,14 @@
 """A tolerance on the hypergradient itself: `adaptive_hypergradient`."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..compiled import compiled
+from ..compiled import Compiled
 from ..errors import check_callable, check_count, check_number, check_same
 from ..failure import check_on_failure, enforce
 from ..hypergradient import (
@@ -226,9 +226,9 @@ def adaptive_hypergradient(
         affordable = sum(s.products) < max_products
         return ~s.met & ~s.stuck & affordable & (s.rounds < _MAX_ROUNDS)
 
-    @compiled
+    @Compiled
     def solved(
-        memory: PyTree, lam: PyTree, args: Any, kwargs: Any
+        memory: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, HypergradientState]:
         w0, v0 = start.propose(memory)
         v0 = zeros_like_inexact(w0) if v0 is None else v0
@@ -257,22 +257,19 @@ def adaptive_hypergradient(
         state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, HypergradientState]:
         check_state(state)
-        grad, new = solved(state.memory, lam, args, kwargs)
+        grad, new = solved(state.memory, lam, *args, **kwargs)
         return grad, new._replace(num_updates=state.num_updates + 1)
 
-    @compiled
-    def blank_state(w0: PyTree, lam: PyTree, args: Any, kwargs: Any) -> HypergradientState:
+    @Compiled
+    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
         w0 = started(where, phi, w0, (lam, *args), kwargs)
         v_zero = zeros_like_inexact(w0)
         memory = start.init(w0, v_zero)
-        _, shapes = solved.eval_shape(memory, settled_lam(lam, w0), args, kwargs)
+        _, shapes = solved.eval_shape(memory, settled_lam(lam, w0), *args, **kwargs)
         # Not w, v and the memory: they may hold keys, and are known.
         info, certificate, value = blank((shapes.info, shapes.certificate, shapes.value))
         state = HypergradientState(value, w0, v_zero, info, memory, jnp.int32(0), certificate)
         return owned(state)
-
-    def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
-        return blank_state(w0, lam, args, kwargs)
 
     return Hypergradient(init, update, outer, phi)
 

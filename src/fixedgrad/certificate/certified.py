@@ -1,14 +1,13 @@
 """Certificates in the explicit form: `certified` and `polished` transform a `Hypergradient`."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 import optax
 from jax import lax
 
 from ..bounds import Constants
-from ..compiled import compiled
+from ..compiled import Compiled
 from ..errors import check_count
 from ..hypergradient import Hypergradient, HypergradientState
 from ..leaves import blank, split_static
@@ -138,21 +137,14 @@ def _with_certificate(
             where, outer, phi, state.w, state.v, lam, args, kwargs, given, options
         )
 
-    @compiled
-    def first(
-        state: HypergradientState, lam: PyTree, args: Any, kwargs: Any
-    ) -> tuple[PyTree, Certificate]:
-        grad, state = inner_update(state, lam, *args, **kwargs)
-        return grad, answer(grad, state, lam, *args, **kwargs)
-
-    @compiled
-    def updated(
-        state: HypergradientState, lam: PyTree, args: Any, kwargs: Any
+    @Compiled
+    def update(
+        state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, HypergradientState]:
         due = state.num_updates % every == 0
         before = state.certificate
         grad, state = inner_update(state, lam, *args, **kwargs)
-        if every == 1:
+        if every == 1 or before is None:
             certificate = answer(grad, state, lam, *args, **kwargs)
         else:
             layout, kept = split_static(before)
@@ -165,15 +157,10 @@ def _with_certificate(
             )
         return placed_like(choose(grad, certificate), lam), state._replace(certificate=certificate)
 
-    def update(
-        state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
-    ) -> tuple[PyTree, HypergradientState]:
-        return updated(state, lam, args, kwargs)
-
+    @Compiled
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
         state = inner_init(w0, lam, *args, **kwargs)
-
-        _, shapes = first.eval_shape(state, lam, args, kwargs)
-        return state._replace(certificate=blank(shapes))
+        _, shapes = update.eval_shape(state, lam, *args, **kwargs)
+        return state._replace(certificate=blank(shapes.certificate))
 
     return Hypergradient(init, update, outer, phi)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from ..compiled import Compiled
 from ..errors import check_callable, check_count, check_number
 from ..failure import check_on_failure
 from ..iteration import Measured, Progress, first_progress, stopping, verdict
@@ -78,6 +79,7 @@ def anderson(
     check_number("anderson", "regularisation", regularisation, lambda x: x > 0, "a number > 0")
     stop = stopping("anderson", num_steps, max_steps, rtol, atol)
 
+    @Compiled
     def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
         lower = lower_level("anderson", phi, w0, args, kwargs)
         w0, space = lower.w0, lower.space
@@ -146,7 +148,7 @@ def anderson(
         info = verdict(s.i, s.measured, start, s.progress)
         return stopped_by_residual("anderson", from_real(s.w)), info
 
-    return CheckedSolver.compiled(solve, on_failure, phi)
+    return CheckedSolver(solve, on_failure, phi)
 
 
 class _Anderson(NamedTuple):

@@ -4,6 +4,7 @@ import functools
 
 from jax import lax
 
+from ..compiled import Compiled
 from ..errors import check_callable
 from ..failure import check_on_failure
 from ..iteration import iterate, stopping
@@ -66,6 +67,7 @@ def picard(
     check_on_failure("picard", on_failure)
     stop = stopping("picard", num_steps, max_steps, rtol, atol)
 
+    @Compiled
     def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
         lower = lower_level("picard", phi, w0, args, kwargs)
         if stop.num_steps is not None:
@@ -77,4 +79,4 @@ def picard(
         w, _, info = iterate(lower.phi, lower.w0, image, measure, stop.max_steps)
         return stopped_by_residual("picard", w), info
 
-    return CheckedSolver.compiled(solve, on_failure, phi)
+    return CheckedSolver(solve, on_failure, phi)

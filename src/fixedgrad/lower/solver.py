@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..compiled import compiled
 from ..errors import check_same
 from ..failure import enforce_value
 from ..iteration import Measured, Stopping, joint_tolerance
@@ -50,18 +49,6 @@ class CheckedSolver:
 
     def __repr__(self) -> str:
         return self.name
-
-    @classmethod
-    def compiled(
-        cls, solve: Callable[..., tuple[PyTree, SolveInfo]], on_failure: OnFailure, phi: Phi
-    ) -> "CheckedSolver":
-        """From `solve(w0, *args, **kwargs) -> (w, info)`, under one `jit`."""
-        run = compiled(lambda w0, args, kwargs: solve(w0, *args, **kwargs))
-
-        def with_info(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
-            return run(w0, args, kwargs)
-
-        return cls(with_info, on_failure, phi)
 
     def __call__(self, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         w, info = self.with_info(w0, *args, **kwargs)
