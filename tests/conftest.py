@@ -5,6 +5,7 @@ Nothing here is timed, and most of the time goes into compiling: LLVM optimises 
 
 import os
 from collections.abc import Iterator
+from fnmatch import fnmatch
 
 # Read when the first JAX backend starts, hence before anything that computes.
 _FLAGS = os.environ.get("XLA_FLAGS", "")
@@ -21,6 +22,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Rows that `slow(but=...)` names by patterns are quick: each kind of row in one place at least."""
+    for item in items:
+        quick = [m for m in item.own_markers if m.name == "slow" and "but" in m.kwargs]
+        row = item.name.partition("[")[2].removesuffix("]")
+        if any(fnmatch(row, pattern) for m in quick for pattern in m.kwargs["but"]):
+            item.own_markers = [m for m in item.own_markers if m not in quick]
 
 
 @pytest.fixture(autouse=True, scope="module")

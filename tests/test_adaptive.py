@@ -75,6 +75,7 @@ def runner(request):
     )
 
 
+@pytest.mark.slow(but=("equilibrium-*",))
 @pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-9])
 def test_every_request_is_met(runner, rtol):
     g, state = runner.update(rtol, runner.init(runner.lam), runner.lam)
@@ -113,6 +114,7 @@ def test_nan_in_lambda_ends_as_non_finite(runner):
     assert int(state.info.lower.status) == fg.Status.NON_FINITE
 
 
+@pytest.mark.slow
 def test_max_products_bounds_the_work_and_the_policy_decides():
     hypergrad = fg.adaptive_hypergradient(
         outer, logistic, rtol=1e-10, max_products=20, on_failure="ignore"
@@ -128,6 +130,7 @@ def test_max_products_bounds_the_work_and_the_policy_decides():
     assert sum(state.certificate.products) < 300  # One round more than the budget, at most.
 
 
+@pytest.mark.slow
 def test_it_converges_where_phi_expands():
     a = matrix(3, 2.0)  # ρ(J) may exceed 1; I - J is invertible.
 
@@ -151,6 +154,7 @@ def test_phi_is_traced_a_bounded_number_of_times():
     assert len(CALLS) < 40
 
 
+@pytest.mark.slow
 def test_a_solver_says_which_of_several_fixed_points_is_meant():
     def wells(w, lam):
         return w - 0.1 * (w**3 - lam**2 * w)
@@ -166,6 +170,7 @@ def test_a_solver_says_which_of_several_fixed_points_is_meant():
     np.testing.assert_allclose(state.w, 2.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_an_outer_loop_that_reaches_its_minimum_goes_on_with_a_zero_gradient(dtype):
     target = jnp.array([1.0, 2.0, 3.0], dtype)

@@ -33,6 +33,7 @@ def total(tree: Any) -> jax.Array:
     return sum((jnp.sum(x) for x in jax.tree.leaves(tree)), jnp.zeros(()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lam",
     [1.5, np.float64(1.5), np.asarray(1.5), jnp.asarray(1.5), jnp.asarray(1.5) * 1.0],
@@ -80,6 +81,7 @@ _ADAPTIVE = fg.adaptive_hypergradient(_squared, _in_float32, rtol=1e-3)
 _LOOP = fg.bilevel(_EXPLICIT, optax.sgd(0.125))  # f = 4 λ².
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_FLOAT32)
 def test_a_python_number_to_start_from_takes_the_dtype_of_phi(name: str) -> None:
     w = IN_FLOAT32[name](0.0)
@@ -180,6 +182,7 @@ def test_an_equinox_module_is_a_w(estimator: fg.Estimator, key: jax.Array) -> No
     np.testing.assert_allclose(got, 3 * 2 * (1 + 2 + 1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_parameters_of_flax_are_a_lam_and_a_w(estimator: fg.Estimator, key: jax.Array) -> None:
     x = np.array([0.3, -0.2])
     module = flax.linen.Dense(2, param_dtype=float)
@@ -247,6 +250,7 @@ def complex_map(w: jax.Array, lam: jax.Array) -> jax.Array:
     return c @ jnp.sin(w) + d @ jnp.conj(w) + lam
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row", [row for row in LINEAR_SOLVERS if not row.symmetric_only], ids=named
 )
@@ -262,6 +266,7 @@ def test_a_complex_fixed_point_agrees_with_unrolled_differentiation(row: LinearR
     assert error <= max(row.accuracy, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [r for r in LINEAR_SOLVERS if r.symmetric_only], ids=named)
 def test_a_complex_gradient_step_agrees_with_unrolled_differentiation(row: LinearRow) -> None:
     # A real loss of complex w: the gradient step has a symmetric J over the reals.
@@ -307,6 +312,7 @@ def _overwriting(w: dict, lam: dict) -> dict:
     return w
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -367,6 +373,7 @@ def _named_data(w: jax.Array, lam: jax.Array, **data: jax.Array) -> jax.Array:
     return 0.5 * w + lam * sum(data.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver",
     [

@@ -79,6 +79,7 @@ def by_hand(hypergrad, optimizer, w0, lam, *args, num_steps, project=lambda lam:
 # Steps.
 
 
+@pytest.mark.slow(but=("momentum", "polyak"))
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -117,6 +118,7 @@ def test_an_optimiser_that_needs_the_value_is_given_that_of_the_last_update():
     np.testing.assert_allclose(state.lam, 1.5 * (1 - 2.0**-5), rtol=2**6 * EPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("problem", "row"),
     [
@@ -227,6 +229,7 @@ def test_the_recorded_norm_is_that_before_the_projection():
 # The state.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [fg.cold(), fg.warm()], ids=["cold", "warm"])
 @pytest.mark.parametrize(
     "problem",
@@ -286,6 +289,7 @@ def test_a_state_saved_by_orbax_goes_on_with_the_same_bits(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [fg.cold(), fg.warm()], ids=["cold", "warm"])
 def test_a_state_can_be_donated_and_costs_the_caller_nothing(start):
     w0, lam = jnp.zeros(2), jnp.ones(2)
@@ -623,6 +627,7 @@ def failing_loop(**settings):
     return fg.bilevel(hypergrad, optax.sgd(0.1, momentum=0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [None, never], ids=["no rule", "with a rule"])
 def test_a_hypergradient_that_is_not_finite_moves_nothing_and_stops(stop):
     loop = failing_loop()
@@ -685,6 +690,7 @@ def test_a_loop_says_what_ended_it(outer, estimator, reason, linear):
     assert Status(int(history.linear_status[0])).name == linear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", [0.0, -jnp.inf], ids=["finite", "with an infinite entry"])
 def test_a_step_that_overflows_is_not_taken(entry):
     # f′ = 2λ − 3 is finite, 1e308 times it is not; an entry that was infinite from the start may be.
@@ -786,6 +792,7 @@ def descent(hypergrad, num_steps=5):
     return states[1:], jax.tree.map(lambda *rows: jnp.concatenate(rows), *records)
 
 
+@pytest.mark.slow
 def test_certified_descends_as_without_and_its_certificate_is_of_the_last_step():
     # A certificate every third step: renewed by the first and the fourth, kept in between.
     plain, rows = descent(rough())
@@ -805,6 +812,7 @@ def test_certified_descends_as_without_and_its_certificate_is_of_the_last_step()
         assert error <= certificate.error < 10 * error
 
 
+@pytest.mark.slow
 def test_polished_follows_the_exact_descent_closer_than_without():
     exact, plain, polished = (
         descent(hypergrad)[0][-1].lam
@@ -819,6 +827,7 @@ def test_polished_follows_the_exact_descent_closer_than_without():
     assert jnp.linalg.norm(polished - exact) < 0.1 * error
 
 
+@pytest.mark.slow
 def test_an_adaptive_hypergradient_follows_the_exact_descent_within_its_tolerance():
     exact, rows = descent(hypergrad_of(NONLINEAR, fg.aid(fg.dense())))
     hypergrad = fg.adaptive_hypergradient(NONLINEAR.outer, NONLINEAR.phi, rtol=1e-6)
@@ -845,6 +854,7 @@ _PLAIN = fg.hypergradient(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hypergrad",
     [

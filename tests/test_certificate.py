@@ -167,6 +167,7 @@ def test_a_warm_start_from_another_lambda_is_measured_at_this_one(certify, solut
     assert error <= c.error <= 2 * error
 
 
+@pytest.mark.slow
 def test_under_vmap_it_gives_what_it_gives_alone(certify, solution):
     w = jnp.stack([away(solution, s, 10.0**-s) for s in (1, 4)])
     together = jax.jit(jax.vmap(lambda w: fg.certify(outer, phi, w, w, LAM)))(w)
@@ -187,6 +188,7 @@ def test_single_precision_is_right_or_not_valid(solution, truth):
         assert not c.valid or np.linalg.norm(np.float64(c.gradient) - truth) <= float(c.error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("w", "reason"),
     [
@@ -207,6 +209,7 @@ def test_a_fixed_point_that_descent_leaves_is_not_the_one_that_is_meant(w, reaso
     assert bool(c.valid) == (reason == fg.CertificateStatus.VALID)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("w", [0.2, 0.8])
 def test_in_one_dimension_a_minimum_is_none_that_phi_leaves(w):
     def phi(w, lam):
@@ -215,6 +218,7 @@ def test_in_one_dimension_a_minimum_is_none_that_phi_leaves(w):
     assert fg.certify(lambda w, lam: w**2 + 0 * lam, phi, w, 1.0, 0.3).valid
 
 
+@pytest.mark.slow
 def test_a_saddle_among_many_directions_is_seen_from_the_start_where_nothing_moves():
     # A network at w = 0: of forty directions one leads away, by a tenth of the largest curvature.
     curvature = jnp.concatenate([jnp.array([-0.1]), jnp.linspace(0.05, 1.0, 39)])
@@ -232,6 +236,7 @@ def test_a_saddle_among_many_directions_is_seen_from_the_start_where_nothing_mov
     assert np.isnan(grad)
 
 
+@pytest.mark.slow
 def test_an_expansive_phi_is_certified_at_its_fixed_point():
     a = matrix(3, 3.0, symmetric=True)  # rho(J) = 3, I - J indefinite.
 
@@ -298,7 +303,7 @@ def constants(q=0.9):
 @pytest.fixture(scope="module")
 def prove():
     def run(w, v, lam, q):
-        return fg.certify(outer, phi, w, v, lam, level="proved", constants=constants(q))
+        return fg.certify_proved(outer, phi, w, v, lam, constants=constants(q))
 
     return jax.jit(run, static_argnums=3)
 
@@ -309,7 +314,7 @@ def test_the_proved_tier_is_never_below_the_error(prove, solution, truth):
         v = away(solution, seed + 50, 10.0 ** -(seed % 3))
         c = prove(w, v, LAM, 0.9)
         assert c.valid
-        assert int(c.level) == 1
+        assert bool(c.proved)
         assert np.linalg.norm(c.gradient - truth) <= c.error
 
 
@@ -320,12 +325,10 @@ def test_a_wrong_contraction_constant_is_contradicted(prove, solution):
 
 
 def test_the_proved_tier_refuses_without_constants(solution):
-    with pytest.raises(ValueError, match="needs `constants`"):
-        fg.certify(outer, phi, solution, solution, LAM, level="proved")
-    with pytest.raises(ValueError, match="for that level only"):
-        fg.certify(outer, phi, solution, solution, LAM, constants=constants())
-    with pytest.raises(ValueError, match="`level` of `certify` must be one of"):
-        fg.certify(outer, phi, solution, solution, LAM, level="certain")  # pyright: ignore
+    with pytest.raises(TypeError, match="constants"):
+        fg.certify_proved(outer, phi, solution, solution, LAM)  # pyright: ignore
+    with pytest.raises(TypeError, match="They must come from you"):
+        fg.certify_proved(outer, phi, solution, solution, LAM, constants=0.9)
 
 
 @pytest.mark.parametrize("bad", [{"solve_rtol": 0.0}, {"solve_rtol": 1.0}, {"safety": 0.5}])
@@ -346,6 +349,7 @@ SCALED = fg.hypergradient(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [fg.certified, fg.polished])
 def test_data_with_the_name_of_an_option_is_data(transform):
     hypergrad = transform(SCALED)
@@ -362,6 +366,7 @@ def test_a_v_of_another_shape_is_refused(solution):
         fg.certify(outer, phi, solution, solution[:3], LAM)
 
 
+@pytest.mark.slow
 def test_certified_and_polished_share_one_certificate_in_the_state(truth):
     rough = fg.hypergradient(outer, phi, fg.picard(phi, num_steps=9), fg.aid(fg.fp(num_steps=5)))
     w0 = jnp.zeros(SIZE)
@@ -387,6 +392,7 @@ def test_certified_and_polished_share_one_certificate_in_the_state(truth):
     assert np.linalg.norm(better - truth) <= 0.2 * error
 
 
+@pytest.mark.slow
 def test_itd_is_certified_by_its_distance_to_the_polished_gradient(truth):
     hypergrad = fg.certified(fg.hypergradient(outer, phi, fg.picard(phi, num_steps=6), fg.itd()))
 
@@ -400,6 +406,7 @@ def test_itd_is_certified_by_its_distance_to_the_polished_gradient(truth):
     assert error <= state.certificate.error <= 2 * error
 
 
+@pytest.mark.slow
 def test_pytrees_with_complex_and_integer_leaves():
     def tree_phi(w, lam):
         return {"z": 0.4 * jnp.conj(w["z"]) + lam["c"], "n": w["n"], "x": jnp.cos(w["x"]) * 0.5}
@@ -432,6 +439,7 @@ WITH_TRUST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_TRUST)
 def test_integers_keys_and_none_in_lam_have_no_gradient(name):
     hypergrad = WITH_TRUST[name]
@@ -443,6 +451,7 @@ def test_integers_keys_and_none_in_lam_have_no_gradient(name):
         np.testing.assert_allclose(gradient["x"], expected["x"], rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_TRUST)
 def test_the_outer_loop_moves_no_integer(name):
     loop = fg.bilevel(WITH_TRUST[name], optax.sgd(0.01, momentum=0.9))
@@ -453,6 +462,7 @@ def test_the_outer_loop_moves_no_integer(name):
     assert history.value[-1] < history.value[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("condition", "curvature"), [(1e4, 0.0), (1e6, 0.0), (1e4, 0.1)], ids=["1e4", "1e6", "curved"]
 )
@@ -517,6 +527,7 @@ def test_nan_is_not_certified_to_be_right():
         assert c.status == fg.CertificateStatus.NON_FINITE
 
 
+@pytest.mark.slow
 def test_functions_ride_along_in_lam():
     def phi(w, lam):
         return 0.5 * lam["activation"](w) + lam["x"]
@@ -527,6 +538,7 @@ def test_functions_ride_along_in_lam():
     assert "recommended" in str(fg.recommend(lambda w, lam: w**2, phi, jnp.array(0.5), lam))
 
 
+@pytest.mark.slow
 def test_the_families_of_the_experiment_are_covered():
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from experiments.library import certificates

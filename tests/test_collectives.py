@@ -11,6 +11,8 @@ import pytest
 
 import collectives_worker
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 600  # Devices that leave a loop at different steps would wait for each other for ever.
 
 

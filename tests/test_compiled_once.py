@@ -106,6 +106,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow(but=("hypergradient", "certify", "picard*", "decorated", "step", "run"))
 @pytest.mark.parametrize("name", CALLS)
 def test_a_second_call_traces_nothing(name):
     traced = Traced()
@@ -121,6 +122,7 @@ def test_a_second_call_traces_nothing(name):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow(but=("hypergradient", "certify", "picard", "run"))
 @pytest.mark.parametrize("name", CALLS)
 def test_what_was_compiled_goes_with_the_functions(name):
     def made_and_dropped():
@@ -133,6 +135,7 @@ def test_what_was_compiled_goes_with_the_functions(name):
     assert kept() is None
 
 
+@pytest.mark.slow
 def test_options_of_a_certificate_are_not_mixed_up():
     traced = Traced()
     phi, outer = functions(traced)
@@ -145,6 +148,7 @@ def test_options_of_a_certificate_are_not_mixed_up():
     assert int(tight.products.j) != int(fg.certify(outer, phi, W0, None, LAM).products.j)
 
 
+@pytest.mark.slow
 def test_a_bound_method_and_a_callable_without_a_hash_are_certified_too():
     class Unhashable:
         __hash__ = None  # pyright: ignore[reportAssignmentType]
@@ -158,6 +162,7 @@ def test_a_bound_method_and_a_callable_without_a_hash_are_certified_too():
         assert bool(jnp.isfinite(certificate.error))
 
 
+@pytest.mark.slow(but=("hypergradient",))
 @pytest.mark.parametrize("name", ["hypergradient", "certified", "adaptive"])
 def test_made_within_a_trace_it_closes_over_what_is_traced(name):
     def gradient(scale):
@@ -181,6 +186,7 @@ def test_made_within_a_trace_it_closes_over_what_is_traced(name):
     assert float(jnp.max(jnp.abs(batched[0] - batched[1]))) > 1e-2
 
 
+@pytest.mark.slow
 def test_leaves_of_lam_that_are_no_arrays_come_back_in_the_gradient():
     lam = {"value": LAM, "kind": "ridge", "count": jnp.int32(3)}
 

@@ -96,6 +96,7 @@ def test_solver_that_is_a_while_loop_is_differentiated():
 # Arguments of every kind.
 
 
+@pytest.mark.slow(but=("itd*", "aid-cg*"))
 @EVERY
 def test_keyword_arguments_in_any_order_give_the_same_gradient_without_tracing_again(estimator):
     def phi(w, *, lam, scale):
@@ -111,6 +112,7 @@ def test_keyword_arguments_in_any_order_give_the_same_gradient_without_tracing_a
     assert counted.calls == traced > 0
 
 
+@pytest.mark.slow(but=("itd*", "*cg*"))
 @EVERY
 def test_data_is_a_differentiable_argument_like_any_other(estimator):
     x, y = jnp.asarray(matrix(30, 1.0, 5, 3)), jnp.cos(jnp.arange(5.0))
@@ -435,6 +437,7 @@ def test_memory_of_aid_does_not_grow_with_the_iterations_and_that_of_itd_does():
 # Auxiliary output.
 
 
+@pytest.mark.slow(but=("itd*", "*cg*"))
 @EVERY
 def test_auxiliary_output_is_returned_and_detached(estimator):
     @fg.fixed_point(ROOT.phi, estimator, has_aux=True)
@@ -611,6 +614,7 @@ def test_float32_gradient_with_a_tolerance_below_its_resolution_is_not_a_failure
     assert_close(gradient, SLOPES, 2**6 * float(jnp.finfo(jnp.float32).eps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["integer", "mask", "key"])
 def test_what_is_closed_over_may_have_no_tangent(what):
     def f(lam, index):
@@ -644,6 +648,7 @@ def test_a_decorated_solver_inside_the_explicit_form_keeps_its_rule():
     np.testing.assert_allclose(grad, want, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "estimator", [fg.aid, lambda s: fg.forward(fg.aid(s))], ids=["aid", "forward"]
 )
@@ -686,6 +691,7 @@ def _in_the_explicit_form(solver):
     return hypergrad.update(hypergrad.init(jnp.zeros(()), 1.0), 1.0)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gradient",
     [
@@ -726,6 +732,7 @@ def test_a_transformation_of_a_solver_is_not_passed_over_for_its_info():
 # Collectives over the axis of a `vmap`.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [jax.grad, jax.hessian], ids=["grad", "hessian"])
 @pytest.mark.parametrize(
     "estimator",
@@ -765,6 +772,7 @@ def _three_levels(inner, estimator):
     return fg.fixed_point(phi, estimator)(fg.picard(phi, num_steps=30))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimator", "transform"),
     [

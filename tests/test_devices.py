@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 import fixedgrad as fg
 from problems import ESTIMATORS, PROBLEM, assert_close, named
 
+pytestmark = pytest.mark.slow
+
 N, D = 32, 8
 NUM_STEPS = 80  # Of gradient descent on the loss below, from zero to rounding: q < 0.56.
 

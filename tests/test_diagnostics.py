@@ -53,6 +53,7 @@ def overshooting():
     return advise(symmetric(-1.3, 0.5))
 
 
+@pytest.mark.slow
 def test_the_spectrum_of_a_symmetric_map_is_found(contractive):
     assert contractive.symmetric
     assert contractive.definite
@@ -83,6 +84,7 @@ def test_the_recommended_estimator_is_ready_to_use(contractive, skew, rotating):
         assert np.linalg.norm(g - exact) <= 1e-2 * np.linalg.norm(exact)
 
 
+@pytest.mark.slow
 def test_a_step_above_two_over_l_is_named(overshooting):
     assert overshooting.spectral_radius > 1.25
     # 2/2.3 = 0.87 of the step is 2/L, and 2/(2.3 + 0.5) = 0.71 of it is 2/(L + mu).
@@ -95,6 +97,7 @@ def test_a_step_above_two_over_l_is_named(overshooting):
     assert not any(a.name.startswith("aid(fp(") for a in overshooting.alternatives)
 
 
+@pytest.mark.slow
 def test_an_indefinite_lower_level_is_named():
     advice = advise(symmetric(0.0, 1.5))
     assert not advice.definite
@@ -113,6 +116,7 @@ def test_nothing_is_recommended_where_nothing_works():
     assert "the lower level was not solved, and Phi does not contract (rho(J) = 1)" in text
 
 
+@pytest.mark.slow
 def test_a_solver_of_yours_says_where_the_lower_level_is():
     def phi(
         w, lam
@@ -129,6 +133,7 @@ def test_a_solver_of_yours_says_where_the_lower_level_is():
     assert in_a_well.estimator is not None
 
 
+@pytest.mark.slow
 def test_the_products_of_a_recommendation_are_bounded():
     # I - J is so ill-conditioned that the methods want more steps than they get.
     advice = advise(symmetric(-0.9, 0.99999), max_products=100)
@@ -173,12 +178,14 @@ def test_a_right_gradient_agrees_with_all_three():
     assert "all agree" in str(found)
 
 
+@pytest.mark.slow
 def test_a_gradient_cut_short_disagrees_with_all_three():
     found = checked(fg.aid(fg.fp(num_steps=2)))
     assert found.disagree == ("polished", "ITD", "finite difference")
     assert "disagrees with: polished, ITD, finite difference" in str(found)
 
 
+@pytest.mark.slow
 def test_a_wrong_derivative_rule_is_caught_by_all():
     @jax.custom_vjp
     def solve(w0, lam):
@@ -192,6 +199,7 @@ def test_a_wrong_derivative_rule_is_caught_by_all():
     assert set(found.disagree) == {"polished", "ITD", "finite difference"}
 
 
+@pytest.mark.slow
 def test_the_choice_for_the_paper_s_problems_is_near_the_best_of_the_alternatives():
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from experiments.problems import synthetic
@@ -241,6 +249,7 @@ RIGHT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RIGHT)
 def test_check_accuses_nothing_that_is_right(case):
     phi, outer, lam, solver = RIGHT[case]
@@ -264,6 +273,7 @@ RESIDUALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RESIDUALS)
 def test_a_residual_in_the_place_of_phi_is_found_out(case):
     residual, outer = RESIDUALS[case]
@@ -277,6 +287,7 @@ def test_a_residual_in_the_place_of_phi_is_found_out(case):
     assert "all agree" not in str(found)
 
 
+@pytest.mark.slow
 def test_an_invalid_certificate_is_no_witness():
     # Newton's method for arctan(w) = λ diverges from |w| > 1.4, where the solver stopped.
     def phi(w, lam):
@@ -289,6 +300,7 @@ def test_an_invalid_certificate_is_no_witness():
     assert found.polished.why == "the certificate is not valid: FAR"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lam", [0.9969, 0.9999999])
 def test_a_right_gradient_beside_a_kink_is_not_accused(lam):
     def phi(w, lam):  # The Lasso with three features; the first one leaves at λ = 1.
@@ -303,6 +315,7 @@ def test_a_right_gradient_beside_a_kink_is_not_accused(lam):
     assert found.agree == ("polished", "ITD")
 
 
+@pytest.mark.slow
 def test_a_complex_lambda_is_differenced_along_its_steepest_ascent():
     def phi(w, lam):
         return 0.4j * w + lam
@@ -313,6 +326,7 @@ def test_a_complex_lambda_is_differenced_along_its_steepest_ascent():
     assert found.agree == ("polished", "ITD", "finite difference"), str(found)
 
 
+@pytest.mark.slow
 def test_a_difference_that_rounding_hides_is_inconclusive():
     def phi(w, lam):
         return 0.5 * w + lam
@@ -327,6 +341,7 @@ def test_a_difference_that_rounding_hides_is_inconclusive():
     assert "inconclusive: finite difference" in str(found)
 
 
+@pytest.mark.slow
 def test_check_misses_no_gradient_that_was_cut():
     phi = affine(symmetric(-0.2, 0.9))
     solver = fg.picard(phi, num_steps=300)
@@ -350,11 +365,13 @@ def test_a_lower_level_that_explodes_is_named():
     assert all(a.usable for a in chosen)
 
 
+@pytest.mark.slow
 def test_a_map_with_next_to_no_jacobian_counts_as_symmetric():
     noise = 1e-15 * np.random.default_rng(0).normal(size=(SIZE, SIZE))
     assert advise(noise).symmetric
 
 
+@pytest.mark.slow
 def test_the_recommended_tolerance_is_one_on_the_hypergradient():
     # E pulls along the small eigenvalues of I - J, where a residual says little.
     a = symmetric(0.0, 0.9999)
@@ -375,6 +392,7 @@ def test_the_recommended_tolerance_is_one_on_the_hypergradient():
             assert np.linalg.norm(g - exact) <= 1.01e-3 * np.linalg.norm(exact), alternative.name
 
 
+@pytest.mark.slow
 def test_a_map_that_draws_from_a_generator_is_named():
     generator = np.random.default_rng(0)
 

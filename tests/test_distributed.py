@@ -10,8 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import distributed_worker
+
+pytestmark = pytest.mark.slow
 
 SECONDS = 240  # Each of the two waits for the other; a busy machine is slow to start them.
 

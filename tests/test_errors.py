@@ -751,16 +751,11 @@ BILEVEL_ROWS = [
 
 TRUST_ROWS = [
     Row(
-        "certify at an unknown level",
-        ValueError,
-        r"`level` of `certify` must be one of \('estimate', 'proved'\), got 'sure'",
-        lambda: fg.certify(loss, half, ONES, ONES, ONES, level="sure"),
-    ),
-    Row(
-        "certify to be proved from nothing",
-        ValueError,
-        "`certify` needs `constants`, a `fixedgrad.bounds.Constants`, .* They must come from you",
-        lambda: fg.certify(loss, half, ONES, ONES, ONES, level="proved"),
+        "certify_proved from nothing",
+        TypeError,
+        "`constants` of `certify_proved` must be a `fixedgrad.bounds.Constants`, got None .*They must "
+        "come from you",
+        lambda: fg.certify_proved(loss, half, ONES, ONES, ONES, constants=None),
     ),
     Row(
         "certify with a v of another shape",

@@ -60,6 +60,7 @@ FURTHER = [row for row in ESTIMATORS if not row.everywhere]
 WITH_TOLERANCE = [row for row in FURTHER if "rtol" in row.name]
 
 
+@pytest.mark.slow(but=("*-pytree", "*rtol", "forward-*", "itd-*"))
 @pytest.mark.parametrize(
     ("problem", "row"),
     [
@@ -76,6 +77,7 @@ def test_gradient_equals_that_of_the_closed_form(problem, row):
     assert_close(gradient, problem.gradient(), tolerance(problem, row))
 
 
+@pytest.mark.slow(but=("itd*", "*rtol"))
 @pytest.mark.parametrize(
     ("problem", "row"),
     one_each(single(PROBLEM["ridge"]), single(PROBLEM["nonlinear"]), EVERYWHERE + WITH_TOLERANCE)
@@ -89,6 +91,7 @@ def test_single_precision_gradient_equals_that_of_the_closed_form_and_stays_sing
     assert_close(gradient, problem.gradient(), tolerance(problem, row))
 
 
+@pytest.mark.slow(but=("itd", "aid-cg-rtol"))
 @pytest.mark.parametrize(
     ("problem", "row"),
     one_each(PROBLEM["ridge"], PROBLEM["nonlinear"], EVERYWHERE + WITH_TOLERANCE),
@@ -102,6 +105,7 @@ def test_vmap_of_the_gradient_equals_the_gradients_one_by_one(problem, row):
         assert_close(one, problem.gradient(lam), tolerance(problem, row))
 
 
+@pytest.mark.slow(but=("itd", "aid-cg-*"))
 @pytest.mark.parametrize(
     ("problem", "row"), one_each(PROBLEM["ridge"], PROBLEM["nonlinear"], EVERYWHERE)
 )
@@ -118,6 +122,7 @@ FORWARD = [
 FORWARD_PROBLEMS = ("pytree", "complex non-holomorphic")
 
 
+@pytest.mark.slow(but=("*-pytree",))
 @pytest.mark.parametrize(
     ("problem", "row"),
     [
@@ -139,6 +144,7 @@ def test_jvp_equals_that_of_the_closed_form(problem, row):
     assert_close((w, w_dot), want, tolerance(problem, row))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", rows("itd", "forward truncated_itd", "forward aid dense"))
 def test_jacfwd_jacrev_and_linearize_agree_with_the_closed_form(row):
     problem = PROBLEM["nonlinear"]
@@ -166,6 +172,7 @@ SECOND = (
 )
 
 
+@pytest.mark.slow(but=("itd", "aid-fp-*", "forward-aid-dense"))
 @pytest.mark.parametrize("row", rows(*SECOND))
 def test_hessian_equals_that_of_the_closed_form(row):
     problem = PROBLEM["ridge"] if row.symmetric_only else PROBLEM["nonlinear"]
@@ -283,6 +290,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(estimator):
     np.testing.assert_allclose(jnp.vdot(w_bar, w_dot), jnp.vdot(vjp(w_bar)[0], u), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dimension"),
     [("affine symmetric", 4), ("ridge", 4), ("pytree", 8), ("complex Hermitian", 3)],
@@ -396,6 +404,7 @@ def test_forward_leaves_itd_as_it_is():
     assert fg.forward(estimator) is estimator
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["affine symmetric", "ridge"])
 def test_error_of_aid_shrinks_with_the_error_of_the_lower_level(name):
     problem = PROBLEM[name]

@@ -26,6 +26,8 @@ from experiments.__main__ import FOLDERS, main
 from experiments.problems import data
 from experiments.tools import convergence, report
 
+pytestmark = pytest.mark.slow
+
 # What makes an experiment smaller still than `--quick` does.
 SMALLER = {"figure1": ["--settings", "lr", "br"], "table1": ["--methods", "itd", "cg_k"]}
 # The data sets that an experiment loads, but those inside scikit-learn, which are always there.

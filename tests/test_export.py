@@ -11,6 +11,8 @@ from jax import export
 import fixedgrad as fg
 from problems import LINEAR_SOLVERS, matrix, named
 
+pytestmark = pytest.mark.slow
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 A = matrix(11, 1.0, 6, 4).astype(np.float32)
 LAM = jnp.linspace(-0.5, 0.5, 4, dtype=jnp.float32)

@@ -48,6 +48,7 @@ def function_of(stage: str, on_failure: OnFailure) -> Function:
     return lambda lam: solve(jnp.zeros_like(lam), lam)
 
 
+@pytest.mark.slow(but=("jit of grad-*", "jvp-*"))
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_each_policy_is_obeyed_under_every_transformation(name: str, stage: str) -> None:
@@ -62,6 +63,7 @@ def test_each_policy_is_obeyed_under_every_transformation(name: str, stage: str)
         jax.block_until_ready(transform(function_of(stage, "raise"))(lam))
 
 
+@pytest.mark.slow(but=("nan*", "zero*"))
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("on_failure", POLICIES)
 def test_each_policy_is_obeyed_by_each_element_of_a_batch(on_failure: Any, jit: Any) -> None:
@@ -234,6 +236,7 @@ _NOWHERE = (
 )
 
 
+@pytest.mark.slow(but=("aid-cg*", "*cg*"))
 @pytest.mark.parametrize("row", _NOWHERE, ids=lambda row: row[0].replace(", ", "-"))
 def test_exact_steps_that_lead_nowhere_are_no_derivative(row: Any) -> None:
     _, phi, divisor, estimator = row

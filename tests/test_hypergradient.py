@@ -48,6 +48,7 @@ def after_one_update(problem, estimator, solver=None, **settings):
 # Gradients.
 
 
+@pytest.mark.slow(but=("itd", "aid-cg-*"))
 @pytest.mark.parametrize(
     ("problem", "row"),
     [
@@ -63,6 +64,7 @@ def test_gradient_and_value_equal_those_of_the_closed_form(problem, row):
     np.testing.assert_allclose(state.value, want, rtol=2**6 * EPS)
 
 
+@pytest.mark.slow(but=("*pytree*", "*mixed*"))
 @pytest.mark.parametrize(
     "problem",
     [*PROBLEMS, single(PROBLEM["pytree"]), single(PROBLEM["complex holomorphic"])],
@@ -75,6 +77,7 @@ def test_gradient_and_w_are_right_and_of_the_right_type_on_every_problem(problem
     assert_close(gradient, problem.gradient(), 2**10 * problem.eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "estimator",
     [
@@ -145,6 +148,7 @@ def test_integers_in_lam_and_w_ride_along():
 # State.
 
 
+@pytest.mark.slow(but=("pytree-*",))
 @STARTS
 @pytest.mark.parametrize("name", ["itd", "aid cg rtol"])
 @pytest.mark.parametrize("problem", PROBLEMS, ids=named)
@@ -202,6 +206,7 @@ def test_jitted_update_is_traced_once_even_from_python_numbers(start):
     chex.clear_trace_counter()
 
 
+@pytest.mark.slow(but=("*warm*",))
 @STARTS
 @pytest.mark.parametrize("name", ["itd", "aid cg rtol"])
 def test_scan_over_updates_equals_updates_one_by_one(start, name):
@@ -237,6 +242,7 @@ def test_update_runs_under_vmap_over_state_and_lam():
     assert_close(states.w, jnp.sqrt(lams), 2**6 * EPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hypergrad",
     [
@@ -265,6 +271,7 @@ def test_nothing_is_nan_where_nothing_is_wrong(hypergrad, jit):
     jax.block_until_ready(state)
 
 
+@pytest.mark.slow
 def test_a_failed_solve_still_trips_who_hunts_for_nan():
     solver = fg.picard(ROOT.phi, max_steps=1, rtol=1e-12)
     hypergrad = explicit(ROOT, fg.aid(fg.dense()), solver)

@@ -100,6 +100,7 @@ def test_reported_residual_is_the_true_one_of_the_returned_x(name):
         assert int(info.status) == Status.FIXED_STEPS
 
 
+@pytest.mark.slow(but=("*rtol",))
 @EACH
 def test_solver_starts_from_x0(row):
     m = suited(row)
@@ -174,6 +175,7 @@ BELOW_RESOLUTION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BELOW_RESOLUTION)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_tolerance_below_the_resolution_of_the_dtype_ends_at_the_floor(dtype, name):
@@ -267,6 +269,7 @@ def test_singular_systems_are_reported(name, m):
     assert not bool(info.converged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("size", [3, 40])
 def test_a_direct_solve_finds_a_singular_matrix_though_b_lies_in_its_range(size, dtype):
@@ -513,6 +516,7 @@ def test_inner_products_of_float16_do_not_overflow():
         assert_close(x.astype(float), exact(m, np.asarray(b, float)), 4e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["fp rtol", "cg rtol", "normal_cg rtol", "gmres num_steps", "bicgstab rtol", "dense"]
 )
@@ -584,6 +588,7 @@ def _spectra(least: float, count: int, size: int, dtype: Any) -> tuple[np.ndarra
     return a.astype(dtype), b.astype(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", LINEAX)
 def test_lineax_never_calls_a_system_without_solution_solved(name, dtype):
@@ -649,6 +654,7 @@ def test_a_breakdown_of_exact_steps_is_reported(case):
     assert not info.converged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [5, 50])
 @pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -685,6 +691,7 @@ def test_a_leaf_on_which_b_is_zero_costs_nothing_extra(make):
     assert bool(info.converged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("make", KRYLOV)
 def test_a_float32_floor_is_not_a_singular_matrix(make, warm):

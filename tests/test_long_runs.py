@@ -7,12 +7,18 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 # A ridge problem whose every number depends on every earlier one: momentum, and a warm start.
 SCRIPT = """
 import hashlib, sys, time
 from pathlib import Path
+
+import pytest
 import jax, jax.numpy as jnp, numpy as np, optax
 import fixedgrad as fg
 from experiments.tools.checkpointing import long_run

@@ -53,6 +53,7 @@ def test_picard_converges_at_the_rate_of_the_contraction():
         assert 1e-9 < error <= 0.7**t * np.linalg.norm(FIXED)
 
 
+@pytest.mark.slow(but=("pytree", "complex-non-holomorphic"))
 @pytest.mark.parametrize("problem", PROBLEMS, ids=named)
 def test_picard_with_a_tolerance_reaches_it_on_every_problem(problem):
     for case in (problem, single(problem)):
@@ -211,6 +212,7 @@ def test_anderson_with_a_window_of_one_is_picard():
     assert_close(mixed, fg.picard(affine, num_steps=9)(jnp.ones(4), LAM), 1e-13)
 
 
+@pytest.mark.slow(but=("pytree", "complex-non-holomorphic"))
 @pytest.mark.parametrize("problem", PROBLEMS, ids=named)
 def test_anderson_finds_the_fixed_point_of_every_problem(problem):
     solver = fg.anderson(problem.phi, max_steps=100, rtol=1e-6)
@@ -246,6 +248,7 @@ def test_rejected_points_of_anderson_do_not_spoil_the_result():
     assert abs(float(phi(w) - w)) < 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [8, 30])
 def test_itd_through_anderson_is_right_after_it_has_converged(num_steps):
     # Two unknowns and a window of five: the residuals in it are collinear to rounding.
@@ -406,6 +409,7 @@ def ridge_loss(w, lam, x, *, y):
     return 0.5 * jnp.sum((x @ w - y) ** 2) + 0.5 * lam * jnp.sum(w**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -449,6 +453,7 @@ def test_optax_solver_descends_in_complex_numbers():
     assert_close(solver(jnp.asarray(0j), jnp.asarray(1.0 + 2.0j)), 1.0 + 2.0j, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e19, 1e25])
 @pytest.mark.parametrize("solver", [fg.picard, fg.anderson], ids=["picard", "anderson"])
 def test_numbers_whose_squares_leave_the_range_of_the_dtype_are_solved(solver, scale):
@@ -470,6 +475,7 @@ def two_scales(w, lam):
     return {"a": 0.5 * w["a"] + 5e5, "b": 0.9 * w["b"] + 1e-4 * lam}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("make", [fg.picard, fg.anderson], ids=["picard", "anderson"])
 def test_a_small_leaf_is_solved_beside_a_large_one(make, dtype):

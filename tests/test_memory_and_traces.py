@@ -44,6 +44,7 @@ AID = {
 }
 
 
+@pytest.mark.slow(but=("*cg*",))
 @pytest.mark.parametrize("name", AID)
 def test_memory_of_aid_does_not_depend_on_the_iterations_of_the_lower_level(name):
     few, many = (
@@ -56,6 +57,7 @@ def test_memory_of_aid_does_not_depend_on_the_iterations_of_the_lower_level(name
         assert many <= 20 * LAM.nbytes + 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver_with",
     [fg.fp, fg.cg, fg.normal_cg, fg.bicgstab, lambda num_steps: fg.gmres(num_steps=num_steps)],
@@ -167,6 +169,7 @@ def test_a_changed_lambda_or_tolerance_does_not_recompile():
     assert 1e-9 < float(jnp.max(jnp.abs(fine - coarse))) < 1e-1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp", "cg", "normal_cg", "gmres", "bicgstab"])
 def test_every_tolerance_may_be_traced(name):
     @jax.jit

@@ -185,6 +185,7 @@ def test_07_zero_derivatives_are_declared_and_itd_has_the_true_ones() -> None:
         np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "linear_solver",
     [
@@ -331,6 +332,7 @@ def test_16_a_repeated_eager_gradient_does_not_trace_phi_again() -> None:
     assert len(calls) == first
 
 
+@pytest.mark.slow
 def test_17_cg_refuses_a_step_size_for_each_coordinate() -> None:
     """A diagonally preconditioned gradient step: J is not symmetric. Jaxopt with CG: silently 6.8235,
     where 6.8069 is true; lineax's CG asks for a tag, and believes it.

@@ -147,7 +147,9 @@ def test_a_certificate_prints_its_error_and_its_verdict():
     assert repr(c) == "Certificate(relative error 7e-05, valid)"
     far = c._replace(valid=jnp.asarray(False), status=jnp.int32(CertificateStatus.FAR))
     assert repr(far) == "Certificate(relative error 7e-05, FAR)"
-    assert repr(c._replace(level=jnp.int32(1))) == "Certificate(relative error <= 7e-05, valid)"
+    assert (
+        repr(c._replace(proved=jnp.asarray(True))) == "Certificate(relative error <= 7e-05, valid)"
+    )
     both = jax.tree.map(lambda *x: jnp.stack(x), c, far, far)
     assert repr(both) == "Certificate(3 certificates: 2 FAR, 1 valid)"
     before = fg.certified(PLAIN).init(jnp.zeros(2), jnp.ones(2)).certificate

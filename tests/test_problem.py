@@ -178,6 +178,7 @@ TRACED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", TRACED.values(), ids=TRACED)
 @pytest.mark.parametrize("forward", [False, True])
 def test_a_traced_tolerance_survives_every_transformation(made, forward):

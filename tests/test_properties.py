@@ -125,6 +125,7 @@ def test_cg_never_answers_for_a_matrix_that_it_does_not_fit(data: tuple, singula
         assert state.info.linear.residual <= 1.01e-10 * np.linalg.norm(c)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e35])
 @pytest.mark.parametrize("name", LINEAR_SOLVERS)
 def test_entries_whose_squares_leave_the_range_of_the_dtype_are_solved(

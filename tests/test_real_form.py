@@ -35,6 +35,7 @@ def test_a_leaf_keeps_its_own_largest_entry():
 NAMES = ("fp rtol", "cg rtol", "normal_cg rtol", "gmres rtol", "bicgstab rtol", "dense", "lineax")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "problem", [PROBLEM["pytree"], PROBLEM["mixed dtypes"]], ids=["pytree", "mixed"]
 )

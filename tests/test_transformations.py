@@ -46,6 +46,9 @@ def cases(table: tuple) -> list:
     ]
 
 
+@pytest.mark.slow(
+    but=("grad-of-*", "jvp-of-*", "grad(grad)-of-itd-*", "hessian-of-truncated_itd-*")
+)
 @pytest.mark.parametrize(("estimator", "solver", "transformation", "variants"), cases(CELLS))
 def test_a_transformation_equals_that_of_the_closed_form(
     estimator: str, solver: str, transformation: str, variants: tuple[str, ...]
@@ -81,6 +84,7 @@ def test_an_exception_that_nobody_announced_is_no_refusal(monkeypatch: pytest.Mo
     assert matrix.cell("itd", "fori_loop", "grad", ("jit",)).verdict == "WRONG"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["itd", "truncated_itd", "aid(cg)", "forward(aid(gmres))"])
 def test_no_tracer_outlives_its_trace(name: str) -> None:
     with jax.checking_leaks():
@@ -95,6 +99,7 @@ def test_a_solve_that_succeeds_meets_no_nan_on_its_way(name: str) -> None:
         assert str(matrix.cell(name, "while_loop", "grad", ("plain",))) == "ok"
 
 
+@pytest.mark.slow
 def test_derivatives_can_be_stepped_through_without_jit() -> None:
     with jax.disable_jit():
         assert str(matrix.cell("aid(gmres)", "fori_loop", "grad", ("plain",))) == "ok"

@@ -331,7 +331,7 @@ def _beside(
         v = lax.fori_loop(
             0, t, lambda _, v: jax.tree.map(jnp.add, b, vjp(v)[0]), jax.tree.map(jnp.zeros_like, b)
         )
-        proved = fg.certify(family.outer, family.phi, w, v, lam, data, level="proved", constants=c)
+        proved = fg.certify_proved(family.outer, family.phi, w, v, lam, data, constants=c)
         estimate = fg.certify(family.outer, family.phi, w, v, lam, data)
         true = _norm(jax.tree.map(jnp.subtract, proved.gradient, exact))
         return true, proved.error, estimate.error, proved.valid, estimate.valid

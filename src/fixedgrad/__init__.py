@@ -28,6 +28,7 @@ from .certificate import CertificateStatus as CertificateStatus
 from .certificate import adaptive_hypergradient as adaptive_hypergradient
 from .certificate import certified as certified
 from .certificate import certify as certify
+from .certificate import certify_proved as certify_proved
 from .certificate import polished as polished
 from .decorator import fixed_point as fixed_point
 from .diagnostics import GradientCheck as GradientCheck
@@ -117,6 +118,7 @@ __all__ = [
     "bounds",
     "certified",
     "certify",
+    "certify_proved",
     "cg",
     "check_gradient",
     "cold",

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from .errors import check_same, check_scalar
-from .leaves import fresh, partition, phi_hint, split_lam, traced_once
+from .errors import check_callable, check_same, check_scalar
+from .leaves import fresh, partition, phi_hint, settled_lam, split_lam, started, traced_once
 from .real_form import Space
 from .types import Jacobian, MatVec, Outer, Phi, PyTree, ResidualMap
 
@@ -156,6 +156,35 @@ class Problem(NamedTuple):
         value, shape, _ = traced_once(on_leaves(outer), w_x, x)
         check_scalar(where, shape)
         return cls(equation, value, w_x, x, lambda w_x: join_w(w_x, w_rest), join_gradient)
+
+    @classmethod
+    def at(
+        cls,
+        where: str,
+        outer: Outer,
+        phi: Phi,
+        w: PyTree,
+        lam: PyTree,
+        args: tuple[PyTree, ...],
+        kwargs: dict[str, PyTree],
+    ) -> "Problem":
+        """The same at a w of the caller's; numbers in w and λ become arrays.
+
+        Raises:
+            TypeError: As `of`; or w is a part of a system that collectives of Φ spread.
+        """
+        check_callable(where, "outer", outer, "outer(w, lam, *args) -> scalar")
+        check_callable(where, "phi", phi, "phi(w, lam, *args) -> w")
+        w = started(where, phi, w, (lam, *args), kwargs)
+        problem = cls.of(where, outer, phi, w, settled_lam(lam, w), args, kwargs)
+        spread = problem.equation.space(problem.w).together
+        if spread:
+            raise TypeError(
+                f"`{where}` knows one w, but a collective of `phi` over "
+                f"{', '.join(map(repr, spread))} couples it to those of other devices or elements; "
+                "call it outside of the `shard_map` or `vmap`, on all of w."
+            )
+        return problem
 
     def adjoint(self, w: PyTree) -> Adjoint:
         """The adjoint system at w, from one linearisation of Φ and one gradient of E."""

@@ -224,6 +224,12 @@ def _leaves(tree: PyTree) -> list[jax.Array]:
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
+def ratio(part: Any, whole: jax.Array) -> jax.Array:
+    """Part / whole; 0 where there is nothing of either, 1 where only the whole is missing."""
+    safe = jnp.where(whole > 0, whole, 1.0)
+    return jnp.where(whole > 0, part / safe, jnp.where(jnp.asarray(part) > 0, 1.0, 0.0))
+
+
 def random_signs(tree: PyTree) -> PyTree:
     """Entries of 1 and −1 at random, in the dtype of each leaf; the same ones every time."""
     leaves, treedef = jax.tree.flatten(tree)

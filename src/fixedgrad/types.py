@@ -159,6 +159,14 @@ class SolveInfo(NamedTuple):
         return printing.record(self, f"{names[0]} after {printing.count(num_steps, 'step')}", text)
 
 
+class Products(NamedTuple):
+    """What was spent: evaluations of Φ, products with J, products with Jᵀ; int32."""
+
+    phi: jax.Array
+    j: jax.Array
+    jt: jax.Array
+
+
 def solve_info(
     num_steps: Scalar, residual: Scalar, status: Scalar, tolerance: Scalar = 0.0
 ) -> SolveInfo:

@@ -33,12 +33,13 @@ from ..lower import solve_with_info
 from ..mapped_axes import placed_like
 from ..printing import by_name, printed
 from ..problem import Problem
-from ..real_form import norm
+from ..real_form import norm, ratio
 from ..types import (
     LinearSolver,
     OnFailure,
     Outer,
     Phi,
+    Products,
     PyTree,
     Scalar,
     Solver,
@@ -47,10 +48,11 @@ from ..types import (
     solve_info,
     status_where,
 )
-from .certify import Certificate, assess
+from .certificate import Certificate
+from .certify import assess
 from .dual_weighted import LooseSolves, dual_weighted, estimate_once, no_solves
-from .lagrangian import Products, check_factory, krylov, ratio, stated
 from .newton import LOOSE, newton_krylov, products_of
+from .options import check_factory, krylov
 
 tree = optax.tree
 
@@ -234,7 +236,7 @@ def adaptive_hypergradient(
         v0 = zeros_like_inexact(w0) if v0 is None else v0
         w, _ = solve_with_info(solver, w0, lam, *args, **kwargs)
         check_same(where, w, w0, "`solver(w, ...)`", "`w0`")
-        problem = stated(where, outer, phi, strongly_typed(w), lam, args, kwargs)
+        problem = Problem.at(where, outer, phi, strongly_typed(w), lam, args, kwargs)
         finite = jnp.isfinite(norm(problem.w))
         s = first_round(problem, tree.where(finite, problem.w, partition(w0)[0]), partition(v0)[0])
         s = lax.while_loop(unfinished, lambda s: one_round(problem, s), s)

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..bounds import Constants
 from ..compiled import Compiled
 from ..errors import check_count
 from ..hypergradient import Hypergradient, HypergradientState
@@ -15,8 +14,9 @@ from ..mapped_axes import placed_like
 from ..printing import printed
 from ..real_form import norm
 from ..types import LinearSolver, PyTree, Scalar
-from .certify import Certificate, Level, Options, certificate_of, check_options
-from .lagrangian import krylov
+from .certificate import Certificate
+from .certify import Options, certificate_of, check_options
+from .options import krylov
 
 tree = optax.tree
 
@@ -26,8 +26,6 @@ def certified(
     hypergrad: Hypergradient,
     *,
     every: int = 1,
-    level: Level = "estimate",
-    constants: Constants | None = None,
     solve_rtol: Scalar = 0.01,
     safety: Scalar = 1.25,
     linear_solver: Callable[[Scalar], LinearSolver] = krylov,
@@ -42,8 +40,6 @@ def certified(
     Args:
         hypergrad: The result of `hypergradient`.
         every: How often to certify; the first update always is.
-        level: As in `certify`.
-        constants: As in `certify`.
         solve_rtol: As in `certify`.
         safety: As in `certify`.
         linear_solver: As in `certify`.
@@ -63,7 +59,7 @@ def certified(
     >>> float(state.certificate.relative_error) < 0.1
     True
     """
-    options = Options(level, constants, solve_rtol, safety, linear_solver)
+    options = Options(solve_rtol, safety, linear_solver)
     return _with_certificate("certified", hypergrad, every, options, lambda grad, _: grad)
 
 
@@ -110,7 +106,7 @@ def polished(
         failed = ~jnp.isfinite(norm(grad))
         return tree.where(failed, grad, certificate.polished)
 
-    options = Options("estimate", None, solve_rtol, safety, linear_solver)
+    options = Options(solve_rtol, safety, linear_solver)
     return _with_certificate("polished", hypergrad, 1, options, choose)
 
 

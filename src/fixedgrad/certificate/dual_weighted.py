@@ -17,9 +17,8 @@ import optax
 from jax import lax
 
 from ..problem import Problem
-from ..real_form import inner, norm, random_signs, resolution
-from ..types import Jacobian, LinearSolver, MatVec, PyTree, Scalar, failed
-from .lagrangian import Products, ratio
+from ..real_form import inner, norm, random_signs, ratio, resolution
+from ..types import Jacobian, LinearSolver, MatVec, Products, PyTree, Scalar, failed
 
 tree = optax.tree
 

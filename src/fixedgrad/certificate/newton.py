@@ -9,9 +9,8 @@ import optax
 from jax import lax
 
 from ..problem import Problem
-from ..real_form import norm, resolution
-from ..types import Jacobian, LinearSolver, PyTree, Scalar, SolveInfo, failed
-from .lagrangian import Products, ratio
+from ..real_form import norm, ratio, resolution
+from ..types import Jacobian, LinearSolver, Products, PyTree, Scalar, SolveInfo, failed
 
 tree = optax.tree
 

@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import show
-from ..types import PyTree
+from ..errors import check_callable, show
+from ..estimators import check_linear_solver
+from ..linear import gmres
+from ..printing import by_name
+from ..types import LinearSolver, PyTree, Scalar
 
 NO_KWARGS: Mapping[str, PyTree] = MappingProxyType({})
 
@@ -41,7 +44,7 @@ def check_kwargs(
             f'{show(kwargs)}; write kwargs={{"x": x}} for what `phi(w, lam, x=x)` gets.'
         )
     defaults = where.__kwdefaults__ or {}
-    given = {name for name, value in options.items() if value is not defaults[name]}
+    given = {name for name, value in options.items() if value is not defaults.get(name, value)}
     for name, function in functions.items():
         try:
             signature = inspect.signature(function)
@@ -55,3 +58,22 @@ def check_kwargs(
                 f"parameter, and give `{name}` both where you mean the option."
             )
     return dict(kwargs)
+
+
+@by_name
+def krylov(rtol: Scalar) -> LinearSolver:
+    """What solves with A and Aᵀ where the caller has no wish: right for any invertible A."""
+    return gmres(max_steps=1000, rtol=rtol, restart=50)
+
+
+def check_factory(where: str, linear_solver: object) -> None:
+    """Raises `TypeError` unless `linear_solver` makes a linear solver of a tolerance."""
+    name, signature = "linear_solver", "linear_solver(rtol) -> LinearSolver"
+    check_callable(where, name, linear_solver, signature)
+    try:
+        check_linear_solver(where, linear_solver(0.1))  # pyright: ignore[reportCallIssue]
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` of `{where}` must be a function `{signature}`, got {show(linear_solver)}, of "
+            f"which {name}(0.1) is not one: {error} Write `lambda rtol: cg(max_steps=1000, rtol=rtol)`."
+        ) from None

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..certificate.certify import Certificate, CertificateStatus, Options, certificate_of
-from ..certificate.lagrangian import krylov, stated
-from ..certificate.options import NO_KWARGS, check_kwargs
+from ..certificate.certificate import Certificate, CertificateStatus
+from ..certificate.certify import Options, certificate_of
+from ..certificate.options import NO_KWARGS, check_kwargs, krylov
 from ..decorator import fixed_point
 from ..errors import check_callable, check_same
 from ..estimators import truncated_itd
 from ..leaves import check_arrays, check_concrete, fresh, partition, split_lam, strongly_typed
+from ..problem import Problem
 from ..real_form import inner, norm, resolution, steepest_ascent
 from ..types import Outer, Phi, PyTree
 from .spectrum import solve_lower
@@ -25,7 +26,7 @@ Verdict = Literal["agrees", "disagrees", "inconclusive"]
 
 _FAR = 0.1  # From this ‖Φ(w) − w‖ on, relative to ‖w‖, w is no fixed point of Φ.
 _SMALLER = 0.25  # The second step of the finite differences, over the first.
-_OPTIONS = Options("estimate", None, 0.01, 1.25, krylov)
+_OPTIONS = Options(0.01, 1.25, krylov)
 
 
 class Answer(NamedTuple):
@@ -183,10 +184,9 @@ def check_gradient(
     polished = partition(certificate.polished)[0]
     size = norm(polished)
     gap = norm(tree.sub(gradient, polished))
-    # What of the certificate's error is rounding: by so much two right answers may differ.
-    rounding = 0.0
-    if valid:
-        rounding = max(float(certificate.error - 1.25 * (gap + certificate.remainder)), 0.0)
+    rounding = (
+        float(certificate.rounding) if valid else 0.0
+    )  # So much two right answers may differ.
     length = float(norm(w))
     scale = max(
         length,
@@ -222,7 +222,7 @@ def check_gradient(
     @jax.jit
     def value(x: PyTree, w: PyTree) -> tuple[jax.Array, ...]:
         """At the solver's w: E, ‖Φ(w) − w‖, ‖w‖; E at the fixed point from there; if that failed."""
-        problem = stated(where, outer, phi, w, join(x), args, data)
+        problem = Problem.at(where, outer, phi, w, join(x), args, data)
         residual = norm(problem.equation.residual(problem.w, problem.x))
         solved = solve_lower(problem, 0.0)
         own, exact = (problem.outer(u, problem.x) for u in (problem.w, solved.w))

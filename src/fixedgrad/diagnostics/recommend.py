@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..certificate.lagrangian import krylov, stated
-from ..certificate.options import NO_KWARGS, check_kwargs
+from ..certificate.options import NO_KWARGS, check_kwargs, krylov
 from ..errors import check_callable, check_count, check_number, check_same
 from ..estimators import aid, itd
 from ..leaves import check_concrete, strongly_typed
@@ -178,12 +177,12 @@ def recommend(
     data = check_kwargs(recommend, functions, 2 + len(args), kwargs, options)
     check_concrete("recommend", (w0, lam, args, data))
     if solver is None:
-        problem = stated("recommend", outer, phi, w0, lam, args, data)
+        problem = Problem.at("recommend", outer, phi, w0, lam, args, data)
         lower = solve_lower(problem, min(rtol, 1e-6), max_products // 2)
     else:
         solved, _ = solve_with_info(solver, strongly_typed(w0), lam, *args, **data)
         check_same("recommend", solved, strongly_typed(w0), "`solver(w0, ...)`", "`w0`")
-        problem = stated("recommend", outer, phi, solved, lam, args, data)
+        problem = Problem.at("recommend", outer, phi, solved, lam, args, data)
         lower = judge_lower(problem, problem.w, rtol)
     w, residual, unsolved = lower.w, lower.residual, bool(lower.failed)
     spectrum = measure(problem, w, jax.random.key(seed))

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..certificate.lagrangian import Products, krylov, ratio
 from ..certificate.newton import newton_krylov
+from ..certificate.options import krylov
 from ..problem import Problem
-from ..real_form import norm, realified, resolution
-from ..types import PyTree
+from ..real_form import norm, ratio, realified, resolution
+from ..types import Products, PyTree
 
 tree = optax.tree
 

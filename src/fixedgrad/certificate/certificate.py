@@ -1,0 +1,149 @@
+"""What a certificate says: `Certificate`, and `CertificateStatus` for where it says nothing."""
+
+import enum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ..errors import check_same
+from ..leaves import partition
+from ..printing import member, number, record, shapes_in, tally, values_of
+from ..problem import Problem
+from ..real_form import norm
+from ..types import LinearSolver, Products, PyTree
+
+tree = optax.tree
+
+
+class CertificateStatus(enum.IntEnum):
+    """Why a certificate is not valid. An array of it is int32; `CertificateStatus(int(x))` names it."""
+
+    VALID = 0
+    """Nothing speaks against it."""
+    NON_FINITE = 1
+    """NaN or infinity in w, v, Φ, E or their derivatives."""
+    SOLVE_FAILED = 2
+    """A loose solve with A or Aᵀ missed its tolerance: A may be singular here."""
+    FAR = 3
+    """A Newton step did not bring ‖w − Φ(w)‖ down to half: w is too far from the fixed point."""
+    KINK = 4
+    """‖r_v‖ stays: J or ∇₁E jumps near w, as at another active set, or is strongly curved."""
+    REMAINDER = 5
+    """What the last correction leaves may be half of the whole: the corrections do not contract, or the
+    last one found an error where those before had seen none."""
+    CONSTANT_CONTRADICTED = 6
+    """An observation violates one of the `Constants`."""
+    REPELLED = 7
+    """Steps of Φ lead away from the fixed point nearby, as from a saddle of the lower level's loss that
+    gradient descent is passing: the one that they come to is another. Seen where J is symmetric, by
+    twenty products at most, which miss an eigenvalue of J above 1 by less than about a hundredth of
+    ‖I − J‖. No objection where Φ = w − F is no iteration, and the equations F = 0 are no minimum."""
+
+
+class Certificate(NamedTuple):
+    """An answer to: how wrong is the hypergradient ĝ at (w, v)?
+
+    Attributes:
+        error: Of `certify`, an estimate of ‖ĝ − ∇f‖, with the factor `safety`; of `certify_proved`, an
+            upper bound of it, given the constants.
+        relative_error: `error` over the norm of the best gradient at hand.
+        lower_part: The share of the error that comes from w ≠ w(λ) (a norm).
+        linear_part: The share of the error that comes from (I − Jᵀ)v ≠ ∇₁E (a norm).
+        remainder: What may be wrong with g⁺, estimated; 0 where `proved`.
+        gradient: ĝ = ∇₂E + Bᵀv, or the gradient that was given.
+        polished: g⁺, the corrected hypergradient; ĝ where `valid` is false or `proved` true.
+        residual_w: ‖w − Φ(w)‖.
+        residual_v: ‖∇₁E − (I − Jᵀ)v‖.
+        products: What was spent, a `Products`.
+        valid: Whether `error` can be relied on.
+        status: A `CertificateStatus`, int32.
+        at_floor: The residual of w is rounding: the correction brings nothing.
+        rounding: What of `error` may be rounding: two right answers may differ by so much.
+        safety: The factor on the estimate; 1 where `proved`.
+        proved: Whether `error` is an upper bound, given the constants.
+    """
+
+    error: jax.Array
+    relative_error: jax.Array
+    lower_part: jax.Array
+    linear_part: jax.Array
+    remainder: jax.Array
+    gradient: PyTree
+    polished: PyTree
+    residual_w: jax.Array
+    residual_v: jax.Array
+    products: Products
+    valid: jax.Array
+    status: jax.Array
+    at_floor: jax.Array
+    rounding: jax.Array
+    safety: jax.Array
+    proved: jax.Array
+
+    def __repr__(self) -> str:
+        known = values_of(self.relative_error, self.valid, self.status, self.proved)
+        if known is None:
+            return shapes_in(self)
+        error, valid, status, proved = known
+        unnamed = {True: "valid", False: "none yet"}
+        names = [
+            member(CertificateStatus, r) if r else unnamed[bool(v)]
+            for r, v in zip(status.ravel(), valid.ravel(), strict=True)
+        ]
+        if status.ndim:
+            return record(self, tally("certificate", names))
+        sign = "<= " if proved else ""
+        return record(self, f"relative error {sign}{number(error)}", names[0])
+
+
+def relative(error: jax.Array, gradient: PyTree) -> jax.Array:
+    """The error relative to the gradient's size; infinite where only that is 0."""
+    size = norm(gradient)
+    of_nothing = jnp.where(error > 0, jnp.inf, error)  # 0 of 0 is 0, and NaN stays NaN.
+    return jnp.where(size == 0, of_nothing, error / jnp.where(size == 0, 1.0, size))
+
+
+def status_of(*tests: tuple[jax.Array, CertificateStatus]) -> jax.Array:
+    """The status beside the last test that does not hold, else `VALID`."""
+    status = jnp.int32(CertificateStatus.VALID)
+    for holds, otherwise in tests:
+        status = jnp.where(holds, status, jnp.int32(otherwise))
+    return status
+
+
+def the_pair(
+    where: str,
+    problem: Problem,
+    w: PyTree,
+    v: PyTree | None,
+    gradient: PyTree | None,
+    linear_solver: LinearSolver,
+) -> tuple[PyTree, PyTree | None, jax.Array]:
+    """The inexact leaves of v, which is computed where it is `None`, and of a gradient that was given.
+
+    Returns:
+        The two, and the products with Jᵀ that were spent.
+
+    Raises:
+        TypeError: v is not like w, or the gradient is not like λ.
+    """
+    given = None
+    if gradient is not None:
+        given = partition(jax.tree.map(jnp.asarray, gradient))[0]
+        check_same(where, given, problem.x, "`gradient`", "`lam` (its inexact leaves)")
+    if v is None:
+        v, spent = _solve_v(problem, linear_solver)
+        return v, given, spent
+    v, w = jax.tree.map(jnp.asarray, (v, w))
+    check_same(where, v, w, "`v`", "`w`")
+    return partition(v)[0], given, jnp.int32(0)
+
+
+def _solve_v(problem: Problem, solver: LinearSolver) -> tuple[PyTree, jax.Array]:
+    """V of (I − Jᵀ)v = ∇₁E at w, by two solves of `solver`, and the products spent."""
+    at = problem.adjoint(problem.w)
+    v, first = solver(at.jt, at.b)
+    dv, second = solver(at.jt, problem.gradients(problem.w, v).r_v)
+    return tree.add(v, dv), first.num_steps + second.num_steps + 3
