@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib
 import importlib.util
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ FOLDERS = {
 - a docstring whose first line is the claim that the experiment checks,
 - `FLOAT64`: whether it needs double precision,
 - `add_arguments(parser)` for options of its own,
-- `main(options) -> int`: 0 where the claim held; `options` has `out`, `seed`, `quick`, `full`.
+- `main(options) -> int`: 0 where the claim held; `options` has `out`, `seed`, `quick`, `full` and
+  `command`, which goes into the results.
 """
 
 
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     options = _parser(name, module).parse_args(rest)
+    options.command = shlex.join(["python", "-m", "experiments", *arguments])
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -53,6 +53,25 @@ def certify(traced):
     return lambda: fg.certify(outer, phi, W0, None, LAM)
 
 
+def certify_proved(traced):
+    phi, outer = functions(traced)
+    constants = fg.bounds.contraction_constants(
+        q=0.5, D=2.0, L_E=4.0, L_Phi=1.0, nu1=0.5, nu2=0.0, eta1=2.0, eta2=0.0
+    )
+    return lambda: fg.certify_proved(outer, phi, W0, None, LAM, constants=constants)
+
+
+def recommend(traced):
+    phi, outer = functions(traced)
+    return lambda: fg.recommend(outer, phi, W0, LAM).spectral_radius
+
+
+def check_gradient(traced):
+    phi, outer = functions(traced)
+    solve = fg.fixed_point(phi, fg.aid(fg.dense()))(fg.picard(phi, num_steps=60))
+    return lambda: fg.check_gradient(solve, outer, phi, W0, LAM).gradient
+
+
 def solver(make):
     def calls(traced):
         phi, _ = functions(traced)
@@ -97,6 +116,9 @@ CALLS = {
         lambda outer, phi: fg.adaptive_hypergradient(outer, phi, rtol=1e-3)
     ),
     "certify": certify,
+    "certify_proved": certify_proved,
+    "recommend": recommend,
+    "check_gradient": check_gradient,
     "picard": solver(lambda phi: fg.picard(phi, max_steps=90, rtol=1e-9)),
     "picard, exact steps": solver(lambda phi: fg.picard(phi, num_steps=9)),
     "anderson": solver(lambda phi: fg.anderson(phi, max_steps=90, rtol=1e-9)),

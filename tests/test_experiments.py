@@ -1,5 +1,6 @@
 """Every experiment at its smallest size, and the machinery that they share."""
 
+import argparse
 import contextlib
 import functools
 import io
@@ -266,7 +267,11 @@ def test_only_required_claims_decide_the_exit_code(required, code, capsys):
 def test_results_are_strict_json_with_none_for_what_is_not_finite(tmp_path):
     values = {"a": np.array([1.0, np.nan]), "b": jnp.inf, "c": np.int64(3), "d": (True, "x")}
     path = report.write_results(
-        tmp_path, claims=report.Claims(), settings={}, results=values, volatile={}
+        argparse.Namespace(out=tmp_path, command="none"),
+        claims=report.Claims(),
+        settings={},
+        results=values,
+        volatile={},
     )
     record = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert record["results"] == {"a": [1.0, None], "b": None, "c": 3, "d": [True, "x"]}

@@ -74,7 +74,7 @@ def main(options: argparse.Namespace) -> int:
             required=False,
         )
     report.write_results(
-        options.out,
+        options,
         claims=claims,
         settings={"seed": options.seed, "full": options.full},
         results={"chosen": recommended},

@@ -78,7 +78,7 @@ def main(options: argparse.Namespace) -> int:
     draw(options, found, sizes, chunks)
     times = {key: at.pop("seconds") for key, at in found.items()}
     report.write_results(
-        options.out,
+        options,
         claims=claims,
         settings={"seed": options.seed, "num_systems": number, "sizes": sizes, "hardest": hardest},
         results=found,

@@ -95,7 +95,7 @@ def main(options: argparse.Namespace) -> int:
     _draw(options, kernels, passes)
     plain = ("error", "temporary_bytes", "traces")
     report.write_results(
-        options.out,
+        options,
         claims=claims,
         settings={"seed": options.seed, "rounds": rounds, "shapes": [s for s, _ in shapes]},
         results={

@@ -94,7 +94,7 @@ def main(options: argparse.Namespace) -> int:
     check_bounds(claims, bounds)
     draw(options.out / "certificates.png", chosen, cases, bounds)
     report.write_results(
-        options.out,
+        options,
         claims=claims,
         settings={"seed": options.seed, "full": options.full, "quick": options.quick},
         results={"families": rows, "adaptive": adaptive, "bounds": bounds},

@@ -360,7 +360,7 @@ def _write(
 ) -> Path:
     trained = outcome.trained
     return report.write_results(
-        options.out,
+        options,
         claims=claims,
         settings={
             "seed": options.seed,

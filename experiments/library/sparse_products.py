@@ -78,7 +78,7 @@ def main(options: argparse.Namespace) -> int:
         )
     _draw(options, found)
     report.write_results(
-        options.out,
+        options,
         claims=claims,
         settings={"seed": options.seed, "rounds": rounds, "shape": np.shape(x), "entries": x.nnz},
         results={

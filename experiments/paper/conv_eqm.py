@@ -101,7 +101,7 @@ def main(options: argparse.Namespace) -> int:
     _check(claims, rows)
     _draw(options, runs)
     report.write_results(
-        options.out,
+        options,
         claims=claims,
         settings=settings,
         results={"rows": rows},

@@ -342,7 +342,7 @@ def _write(
         return {m: {"mean": e.mean(axis=0), "sd": e.std(axis=0)} for m, e in curves.items()}
 
     return report.write_results(
-        options.out,
+        options,
         claims=claims,
         settings={"seed": options.seed, "num_lam": num_lam, "settings": options.settings},
         results={

@@ -97,7 +97,7 @@ def main(options: argparse.Namespace) -> int:
     claims = report.Claims()
     _check(claims, rows, sweeps, options.full)
     report.write_results(
-        options.out,
+        options,
         claims=claims,
         settings=settings,
         results={

@@ -68,7 +68,7 @@ def main(options: argparse.Namespace) -> int:
     )
     _draw(options, found)
     report.write_results(
-        options.out,
+        options,
         claims=claims,
         settings={"seed": options.seed, "t": steps, "task": task.settings},
         results={"bytes": found, "itd_bytes_per_step": slope, "passes": passes},

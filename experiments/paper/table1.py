@@ -155,7 +155,7 @@ def main(options: argparse.Namespace) -> int:
     for row in rows:
         del row["curve"]
     report.write_results(
-        options.out,
+        options,
         claims=claims,
         settings={"seed": options.seed, "tasks": used},
         results={"rows": rows},

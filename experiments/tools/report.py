@@ -1,10 +1,12 @@
 """What every experiment leaves behind: a table, a figure, `results.json`, and its claims checked."""
 
+import argparse
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,7 +112,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_results(
-    out: Path,
+    options: argparse.Namespace,
     *,
     claims: Claims,
     settings: Mapping[str, Any],
@@ -120,11 +122,11 @@ def write_results(
     """Writes `results.json`; what differs from run to run of the same code is under `volatile`.
 
     Args:
-        out: The folder, which exists.
+        options: Those of the run: `out`, a folder which exists, and `command`, what was typed.
         claims: The claims as checked.
         settings: Sizes and seeds: what would repeat the run.
         results: What was measured and repeats; arrays become lists.
-        volatile: Times and the like; the environment joins it.
+        volatile: Times and the like; the environment and the command join it.
 
     Returns:
         The path of the file.
@@ -133,12 +135,22 @@ def write_results(
         "settings": settings,
         "claims": claims.results,
         "results": results,
-        "volatile": {"environment": environment(), **volatile},
+        "volatile": {
+            "command": options.command,
+            "environment": environment(),
+            **volatile,
+        },
     }
-    path = out / "results.json"
-    text = json.dumps(_plain(record), indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    path = options.out / "results.json"
+    path.write_text(as_json(record), encoding="utf-8")
     return path
+
+
+def as_json(record: Mapping[str, Any]) -> str:
+    """JSON to be read by people as well: an array of numbers or strings stands on one line."""
+    text = json.dumps(_plain(record), indent=1, ensure_ascii=False, allow_nan=False)
+    flat = re.sub(r"\[\n[^][{}]*\]", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), text)
+    return flat.replace("[ ", "[").replace(" ]", "]") + "\n"
 
 
 @contextmanager

@@ -4,12 +4,13 @@ L(w, λ, v) = E(w, λ) + ⟨v, Φ(w, λ) − w⟩,
 ∇_w L = r_v = ∇₁E − (I − Jᵀ)v,    ∇_λ L = ĝ = ∇₂E + Bᵀv,    J = ∂₁Φ, B = ∂₂Φ.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
+from .compiled import Compiled, compiled_for
 from .errors import check_callable, check_same, check_scalar
 from .leaves import fresh, partition, phi_hint, settled_lam, split_lam, started, traced_once
 from .real_form import Space
@@ -201,6 +202,27 @@ class Problem(NamedTuple):
             return Gradients(value, tree.sub(b, of_w), tree.sub(direct, of_x), b)
         r_v = tree.add(tree.sub(b, v), of_w)
         return Gradients(tree.sub(w, value), r_v, tree.add(direct, of_x), b)
+
+
+def compiled_at(
+    where: str,
+    function: Callable[..., PyTree],
+    functions: tuple[Callable[..., Any], ...],
+    *options: Hashable,
+) -> Compiled:
+    """`function(problem, *functions[2:], *options, *operands)` at `(w, lam, args, kwargs, *operands)`.
+
+    It is compiled once for the functions, E and Φ the first of them, and the options.
+    """
+
+    def made(outer: Outer, phi: Phi, *others: Callable[..., Any]) -> Callable[..., PyTree]:
+        def call(w: PyTree, lam: PyTree, args: PyTree, kwargs: PyTree, *operands: PyTree) -> PyTree:
+            problem = Problem.at(where, outer, phi, w, lam, args, kwargs)
+            return function(problem, *others, *options, *operands)
+
+        return call
+
+    return compiled_for(functions, (where, function, *options), made)
 
 
 def precise(where: str, phi: Phi) -> tuple[Callable[..., PyTree], bool]:

@@ -116,7 +116,6 @@ def status_of(*tests: tuple[jax.Array, CertificateStatus]) -> jax.Array:
 def the_pair(
     where: str,
     problem: Problem,
-    w: PyTree,
     v: PyTree | None,
     gradient: PyTree | None,
     linear_solver: LinearSolver,
@@ -136,8 +135,8 @@ def the_pair(
     if v is None:
         v, spent = _solve_v(problem, linear_solver)
         return v, given, spent
-    v, w = jax.tree.map(jnp.asarray, (v, w))
-    check_same(where, v, w, "`v`", "`w`")
+    v = jax.tree.map(jnp.asarray, v)
+    check_same(where, v, problem.join_w(problem.w), "`v`", "`w`")
     return partition(v)[0], given, jnp.int32(0)
 
 

@@ -5,17 +5,15 @@ With the Lagrangian L(w, λ, v) = E(w, λ) + ⟨v, Φ(w, λ) − w⟩ these are 
 ∇_λ L = ĝ. Every estimate of the form ∇₂E + Bᵀv has a measurable r_v, whatever computed v.
 """
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ..compiled import compiled_for
 from ..errors import check_number
-from ..problem import Problem
+from ..problem import Problem, compiled_at
 from ..real_form import norm
 from ..types import LinearSolver, Outer, Phi, PyTree, Scalar
 from .certificate import Certificate, CertificateStatus, relative, status_of, the_pair
@@ -144,30 +142,20 @@ def certificate_of(
     """`certify` with its data in two arguments and its options in one: they cannot be confused."""
     check_options(where, options)
     solve_rtol, safety, linear_solver = options
-
-    def made(outer: Outer, phi: Phi, linear_solver: Callable[[Scalar], LinearSolver]) -> Any:
-        return functools.partial(_compute, where, outer, phi, linear_solver)
-
-    compute = compiled_for((outer, phi, linear_solver), where, made)
-    return compute(w, v, lam, args, kwargs, gradient, solve_rtol, safety)
+    compute = compiled_at(where, _compute, (outer, phi, linear_solver), where)
+    return compute(w, lam, args, kwargs, v, gradient, solve_rtol, safety)
 
 
 def _compute(
-    where: str,
-    outer: Outer,
-    phi: Phi,
+    problem: Problem,
     linear_solver: Callable[[Scalar], LinearSolver],
-    w: PyTree,
+    where: str,
     v: PyTree | None,
-    lam: PyTree,
-    args: tuple[PyTree, ...],
-    kwargs: dict[str, PyTree],
     gradient: PyTree | None,
     solve_rtol: Scalar,
     safety: Scalar,
 ) -> Certificate:
-    problem = Problem.at(where, outer, phi, w, lam, args, kwargs)
-    v_x, given, extra = the_pair(where, problem, w, v, gradient, linear_solver(solve_rtol))
+    v_x, given, extra = the_pair(where, problem, v, gradient, linear_solver(solve_rtol))
     passes = refine(problem, problem.w, v_x, linear_solver, solve_rtol, _MAX_PASSES)
     return assess(problem, passes, given, safety, extra)
 

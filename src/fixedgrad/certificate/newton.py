@@ -41,7 +41,7 @@ def newton_krylov(
     tau: jax.Array,
     spent: Products,
     linear_solver: Callable[[Scalar], LinearSolver],
-    max_products: int,
+    max_products: int | jax.Array,
     goal: jax.Array | float = 0.0,
 ) -> tuple[PyTree, jax.Array, jax.Array, Products]:
     """Brings ‖w − Φ(w)‖ to `tau`, or to `goal` ‖Φ(w)‖ if that is more: Newton steps with forcing terms.

@@ -1,8 +1,6 @@
 """An upper bound of a hypergradient's error from constants of the caller: `certify_proved`."""
 
-import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +8,8 @@ import optax
 from jax import lax
 
 from ..bounds import Constants
-from ..compiled import compiled_for
 from ..errors import show
-from ..problem import Problem
+from ..problem import Problem, compiled_at
 from ..real_form import norm, resolution
 from ..types import Outer, Phi, Products, PyTree
 from .certificate import Certificate, CertificateStatus, relative, status_of, the_pair
@@ -93,27 +90,14 @@ def certify_proved(
     options = {"constants": constants, "gradient": gradient}
     data = check_kwargs(certify_proved, functions, 2 + len(args), kwargs, options)
 
-    def made(outer: Outer, phi: Phi) -> Any:
-        return functools.partial(_compute, where, outer, phi)
-
-    compute = compiled_for((outer, phi), where, made)
-    return compute(w, v, lam, args, data, constants, gradient)
+    compute = compiled_at(where, _compute, (outer, phi), where)
+    return compute(w, lam, args, data, v, gradient, constants)
 
 
 def _compute(
-    where: str,
-    outer: Outer,
-    phi: Phi,
-    w: PyTree,
-    v: PyTree | None,
-    lam: PyTree,
-    args: tuple[PyTree, ...],
-    kwargs: dict[str, PyTree],
-    constants: Constants,
-    gradient: PyTree | None,
+    problem: Problem, where: str, v: PyTree | None, gradient: PyTree | None, constants: Constants
 ) -> Certificate:
-    problem = Problem.at(where, outer, phi, w, lam, args, kwargs)
-    v, given, extra = the_pair(where, problem, w, v, gradient, krylov(0.01))
+    v, given, extra = the_pair(where, problem, v, gradient, krylov(0.01))
     return _bound(problem, v, constants, given, extra)
 
 

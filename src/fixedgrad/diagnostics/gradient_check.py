@@ -1,26 +1,28 @@
 """Is the gradient of a decorated solver right? `check_gradient` holds it against three answers."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 
+from .. import real_form as norms
 from ..certificate.certificate import Certificate, CertificateStatus
 from ..certificate.certify import Options, certificate_of
 from ..certificate.options import NO_KWARGS, check_kwargs, krylov
+from ..compiled import compiled_for
 from ..decorator import fixed_point
 from ..errors import check_callable, check_same
 from ..estimators import truncated_itd
 from ..leaves import check_arrays, check_concrete, fresh, partition, split_lam, strongly_typed
 from ..problem import Problem
-from ..real_form import inner, norm, resolution, steepest_ascent
+from ..real_form import resolution, steepest_ascent
 from ..types import Outer, Phi, PyTree
+from .numbers import difference, inner, norm
 from .spectrum import solve_lower
-
-tree = optax.tree
 
 Verdict = Literal["agrees", "disagrees", "inconclusive"]
 
@@ -170,34 +172,25 @@ def check_gradient(
     check_arrays(where, "w0", w0)
     check_concrete(where, (w0, lam, args, data))
     w0, lam = strongly_typed((w0, lam))
-    x, join, join_gradient = split_lam(where, lam)
-
-    def objective(solver: Callable[..., PyTree], x: PyTree) -> jax.Array:
-        lam = join(x)
-        return outer(solver(w0, lam, *args, **data), lam, *args, **data)
-
-    gradient = jax.grad(lambda x: objective(solve, x))(x)
-    w = solve(w0, lam, *args, **data)
-    check_same(where, w, w0, "`solve(w0, ...)`", "`w0`")
-    certificate = certificate_of(where, outer, phi, w, None, lam, args, data, gradient, _OPTIONS)
+    functions = (outer, phi, solve)
+    answers = compiled_for(functions, (where, num_steps), functools.partial(_answers, num_steps))
+    g, w, unrolled, halfway, repeated = answers(w0, lam, args, data)
+    certificate = certificate_of(
+        where, outer, phi, w, None, lam, args, data, partition(g)[0], _OPTIONS
+    )
     valid = bool(certificate.valid)
-    polished = partition(certificate.polished)[0]
-    size = norm(polished)
-    gap = norm(tree.sub(gradient, polished))
+    polished = certificate.polished
+    size, gap = norm(polished), norm(difference(g, polished))
     rounding = (
         float(certificate.rounding) if valid else 0.0
     )  # So much two right answers may differ.
-    length = float(norm(w))
-    scale = max(
-        length,
-        _distance(w, w0),
-        64 * resolution(w) * float(norm(x)),
-    )
+    length = norm(w)
+    eps, eps_lam = resolution((w, lam)), resolution(lam)
+    scale = max(length, norm(difference(w, w0)), 64 * resolution(w) * norm(lam))
     near = float(certificate.residual_w) <= _FAR * scale
-    rtol = max(rtol, resolution((w, x)) ** 0.5)
+    rtol = max(rtol, eps**0.5)
 
-    def answer(gap: Any, size: Any, noise: float, nothing: str, counts: bool = near) -> Answer:
-        gap, size = float(gap), float(size)
+    def answer(gap: float, size: float, noise: float, nothing: str, counts: bool = near) -> Answer:
         relative = gap / size if size > 0 else gap
         if not nothing and not math.isfinite(gap):
             nothing, relative = "it is not finite", math.nan
@@ -211,35 +204,18 @@ def check_gradient(
             return Answer("inconclusive", relative, "phi(w) is not near w")
         return Answer("agrees", relative, "")
 
-    # ITD from the solver's own w, so that only the derivative rule differs.
-    def itd(steps: int) -> PyTree:
-        unrolled = fixed_point(phi, truncated_itd(num_steps=steps))(lambda *_, **__: w)
-        return jax.grad(lambda x: objective(unrolled, x))(x)
-
-    unrolled, halfway = itd(num_steps), itd(max(num_steps // 2, 1))
-    unsettled = norm(tree.sub(unrolled, halfway)) > 0.1 * rtol * norm(unrolled) + rounding
-
-    @jax.jit
-    def value(x: PyTree, w: PyTree) -> tuple[jax.Array, ...]:
-        """At the solver's w: E, ‖Φ(w) − w‖, ‖w‖; E at the fixed point from there; if that failed."""
-        problem = Problem.at(where, outer, phi, w, join(x), args, data)
-        residual = norm(problem.equation.residual(problem.w, problem.x))
-        solved = solve_lower(problem, 0.0)
-        own, exact = (problem.outer(u, problem.x) for u in (problem.w, solved.w))
-        return own, residual, norm(w), exact, solved.failed
-
-    direction = _direction(polished if valid else gradient, random=not valid or not size > 0)
-    along = inner(steepest_ascent(gradient), direction)
-    whole = float(norm(x))
-    step = resolution(x) ** (1 / 3) * (whole if whole > 0 else 1.0)
+    settled = norm(difference(unrolled, halfway)) <= 0.1 * rtol * norm(unrolled) + rounding
+    direction = _direction(polished if valid else g, random=not valid or not size > 0)
+    along = inner(steepest_ascent(partition(g)[0]), direction)
+    whole = norm(lam)
+    step = eps_lam ** (1 / 3) * (whole if whole > 0 else 1.0)
+    values = compiled_for(functions, where, _values)
     nothing = ""
 
     def along_by(h: float) -> float:
         """The function f at λ + h d."""
         nonlocal nothing
-        moved = jax.tree.map(lambda x, d: x + jnp.asarray(h, x.dtype) * d, x, direction)
-        there = solve(w0, join(moved), *args, **data)
-        own, residual, length, exact, unsolved = value(moved, there)
+        own, residual, length, exact, unsolved = values(w0, lam, args, data, direction, h)
         if near and float(residual) > _FAR * max(float(length), scale):
             nothing = "the solver does not follow lam: phi(w) is not near w beside it"
         elif near and bool(unsolved):
@@ -252,8 +228,8 @@ def check_gradient(
         found.append((plus - minus) / (2 * h))
         bends.append(abs(plus - 2 * here + minus) / h)  # O(h), but for a kink within h.
     spread = abs(found[0] - found[1])
-    size_along = max(abs(float(along)), *map(abs, found))
-    noise = 2 * resolution((w, x)) * abs(here) / (_SMALLER * step)  # E itself is rounded.
+    size_along = max(abs(along), *map(abs, found))
+    noise = 2 * eps * abs(here) / (_SMALLER * step)  # E itself is rounded.
     if not nothing and not spread <= 0.5 * rtol * size_along + noise:
         nothing = (
             f"steps of {step:.1e} and {_SMALLER * step:.1e} give {found[0]:.3g}, {found[1]:.3g}"
@@ -262,7 +238,7 @@ def check_gradient(
         nothing = "f has a kink nearby: its one-sided differences do not approach each other"
     reason = CertificateStatus(int(certificate.status)).name
     invalid = "" if valid else f"the certificate is not valid: {reason}"
-    early = f"ITD has not converged after {num_steps} steps" if bool(unsettled) else ""
+    early = f"ITD has not converged after {num_steps} steps" if not settled else ""
     warnings: tuple[str, ...] = ()
     if not near:
         residual = float(certificate.residual_w)
@@ -271,35 +247,88 @@ def check_gradient(
             f"{length:.2g}): is `phi` the residual F(w, lam)? Then Phi = w - F. Or did the solver "
             "stop early?",
         )
-    first, second = (fresh(phi)(w, lam, *args, **data) for _ in range(2))
-    if _distance(first, second) > 0:
+    if norm(difference(*repeated)) > 0:
         warnings += (
             "phi(w) is another when it is called again with the same arguments: does `phi` draw from "
             "a random generator? Compiled, it draws once; give it a key of `jax.random` instead.",
         )
     return GradientCheck(
-        join_gradient(gradient),
+        g,
         certificate,
         answer(gap, size, rounding, invalid),
-        answer(norm(tree.sub(gradient, unrolled)), norm(unrolled), rounding, early),
-        answer(abs(found[0] - float(along)), size_along, spread + noise, nothing, counts=True),
+        answer(norm(difference(g, unrolled)), norm(unrolled), rounding, early),
+        answer(abs(found[0] - along), size_along, spread + noise, nothing, counts=True),
         warnings,
     )
 
 
-def _distance(a: PyTree, b: PyTree) -> float:
-    return float(norm(tree.sub(partition(a)[0], partition(b)[0])))
+def _answers(
+    num_steps: int, outer: Outer, phi: Phi, solve: Callable[..., PyTree]
+) -> Callable[..., tuple[PyTree, ...]]:
+    """Of `(w0, lam, args, kwargs)`: the gradient, w, ITD by all and by half the steps, Φ(w) twice."""
+
+    def answers(w0: PyTree, lam: PyTree, args: PyTree, data: PyTree) -> tuple[PyTree, ...]:
+        x, join, join_gradient = split_lam("check_gradient", lam)
+
+        def objective(solver: Callable[..., PyTree], x: PyTree) -> tuple[jax.Array, PyTree]:
+            w = solver(w0, join(x), *args, **data)
+            return outer(w, join(x), *args, **data), w
+
+        def gradient(solver: Callable[..., PyTree]) -> tuple[PyTree, PyTree]:
+            g, w = jax.grad(functools.partial(objective, solver), has_aux=True)(x)
+            return join_gradient(g), w
+
+        g, w = gradient(solve)
+        check_same("check_gradient", w, w0, "`solve(w0, ...)`", "`w0`")
+
+        # ITD from the solver's own w, so that only the derivative rule differs.
+        def itd(steps: int) -> PyTree:
+            unrolled = fixed_point(phi, truncated_itd(num_steps=steps))
+            return gradient(unrolled(lambda *_, **__: w))[0]
+
+        twice = [fresh(phi)(w, lam, *args, **data) for _ in range(2)]
+        return g, w, itd(num_steps), itd(max(num_steps // 2, 1)), twice
+
+    return answers
+
+
+def _values(outer: Outer, phi: Phi, solve: Callable[..., PyTree]) -> Callable[..., Any]:
+    """Values at λ + h d, of `(w0, lam, args, kwargs, d, h)`.
+
+    At the solver's w: E, ‖Φ(w) − w‖, ‖w‖; E at the fixed point from there; whether that failed.
+    """
+
+    def values(
+        w0: PyTree, lam: PyTree, args: PyTree, data: PyTree, direction: PyTree, h: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        x, join, _ = split_lam("check_gradient", lam)
+        lam = join(jax.tree.map(lambda x, d: x + jnp.asarray(h, x.dtype) * d, x, direction))
+        w = solve(w0, lam, *args, **data)
+        problem = Problem.at("check_gradient", outer, phi, w, lam, args, data)
+        solved = solve_lower(problem, 0.0)
+        exact = problem.outer(partition(solved.w)[0], problem.x)
+        residual = norms.norm(problem.equation.residual(problem.w, problem.x))
+        return problem.outer(problem.w, problem.x), residual, norms.norm(w), exact, solved.failed
+
+    return values
 
 
 def _direction(gradient: PyTree, random: bool) -> PyTree:
     """The unit vector of steepest ascent; with a random one added, so that it is never 0."""
+    inexact = partition(gradient)[0]
 
     def unit(d: PyTree) -> PyTree:
         size = norm(d)
-        scale = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1.0), 0.0)
-        return jax.tree.map(lambda d: scale.astype(d.dtype) * d, d)
+        return jax.tree.map(lambda d: np.asarray(d / size if size > 0 else d, d.dtype), d)
 
-    d = unit(jax.tree.map(jnp.nan_to_num, steepest_ascent(gradient)))
+    d = unit(jax.tree.map(lambda g: np.nan_to_num(np.asarray(g)), steepest_ascent(inexact)))
     if random:
-        d = unit(tree.add(d, unit(tree.random_like(jax.random.key(0), gradient))))
+        generator = np.random.default_rng(0)
+
+        def draw(d: np.ndarray) -> np.ndarray:
+            real, imaginary = generator.normal(size=(2, *d.shape))
+            return np.asarray(real + 1j * imaginary if np.iscomplexobj(d) else real, d.dtype)
+
+        other = unit(jax.tree.map(draw, d))
+        d = unit(jax.tree.map(np.add, d, other))
     return d

@@ -1,4 +1,4 @@
-"""What J is like at the fixed point: its norms, its extreme eigenvalues, symmetry, operations."""
+"""What J is like at the fixed point: its norms, its extreme eigenvalues, symmetry."""
 
 import math
 from collections.abc import Callable
@@ -13,26 +13,12 @@ from ..certificate.newton import newton_krylov
 from ..certificate.options import krylov
 from ..problem import Problem
 from ..real_form import norm, ratio, realified, resolution
-from ..types import Products, PyTree
+from ..types import Products, PyTree, Scalar
 
 tree = optax.tree
 
 _PROBES = 3
 _POWER_STEPS = 100
-
-
-class Spectrum(NamedTuple):
-    """Of J: `Recommendation` names the fields; `smallest`, `largest` are of its symmetric part."""
-
-    radius: float
-    norm: float
-    symmetric: bool
-    definite: bool
-    smallest: float
-    largest: float
-    condition: float
-    flops_phi: float
-    flops_product: float
 
 
 class Solved(NamedTuple):
@@ -44,32 +30,64 @@ class Solved(NamedTuple):
     products: jax.Array
 
 
-def solve_lower(problem: Problem, rtol: float, max_products: int = 20_000) -> Solved:
+def solve_lower(problem: Problem, rtol: Scalar, max_products: int | jax.Array = 20_000) -> Solved:
     """By Newton–Krylov, to `rtol` ‖Φ(w)‖ or to the floor."""
-
-    @jax.jit
-    def solve(w: PyTree) -> Solved:
-        spent = Products(*(jnp.int32(0) for _ in range(3)))
-        image = problem.equation.phi(w, problem.x)
-        tau = rtol * norm(image)
-
-        w, _, _, spent = newton_krylov(problem, w, tau, spent, krylov, max_products)
-        return judge_lower(problem, w, rtol)._replace(products=jnp.asarray(sum(spent)))
-
-    return solve(problem.w)
+    nothing = Products(*(jnp.int32(0) for _ in range(3)))
+    tau = jnp.asarray(rtol) * norm(problem.equation.phi(problem.w, problem.x))
+    w, _, _, spent = newton_krylov(problem, problem.w, tau, nothing, krylov, max_products)
+    return judge_lower(problem._replace(w=w), rtol)._replace(products=jnp.asarray(sum(spent)))
 
 
-def judge_lower(problem: Problem, w: PyTree, rtol: float) -> Solved:
+def judge_lower(problem: Problem, rtol: Scalar) -> Solved:
     """Whether ‖Φ(w) − w‖ is at most `rtol` ‖Φ(w)‖, or at the floor; no products."""
-    image = problem.equation.phi(w, problem.x)
-    size = norm(tree.sub(w, image))
-    floor = 64 * resolution(w) * norm(image)
+    image = problem.equation.phi(problem.w, problem.x)
+    size = norm(tree.sub(problem.w, image))
+    floor = 64 * resolution(problem.w) * norm(image)
     solved = jnp.isfinite(size) & (size <= jnp.maximum(rtol * norm(image), floor))
-    return Solved(w, size, ~solved, jnp.int32(0))
+    return Solved(problem.join_w(problem.w), size, ~solved, jnp.int32(0))
 
 
-def measure(problem: Problem, w: PyTree, key: jax.Array) -> Spectrum:
-    """Spectral facts of J at w."""
+class Spectrum(NamedTuple):
+    """Of J at w.
+
+    Attributes:
+        radius: ρ(J).
+        norm: ‖J‖.
+        skew: How far J is from symmetric, relative to I − J.
+        smallest: The smallest eigenvalue of the symmetric part of J.
+        largest: The largest one.
+        eps: The resolution of its products.
+        size: Real unknowns.
+    """
+
+    radius: float
+    norm: float
+    skew: float
+    smallest: float
+    largest: float
+    eps: float
+    size: int
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether J is symmetric to the precision of the probes."""
+        return self.skew <= 100 * self.eps**0.75
+
+    @property
+    def definite(self) -> bool:
+        """Whether the symmetric part of I − J is positive definite."""
+        return self.largest < 1
+
+    @property
+    def condition(self) -> float:
+        """Of I − J where it is symmetric and definite, else NaN."""
+        known = self.symmetric and self.definite
+        return (1 - self.smallest) / (1 - self.largest) if known else math.nan
+
+
+def measure(problem: Problem, key: jax.Array) -> Spectrum:
+    """The spectrum of J at w, by power iteration and random probes; to be read outside `jit`."""
+    w = problem.w
     jvp = problem.equation.jvp(w, problem.x).j
     to_real, from_real = realified(w)
 
@@ -80,63 +98,56 @@ def measure(problem: Problem, w: PyTree, key: jax.Array) -> Spectrum:
     transpose = jax.linear_transpose(j, real)
     probes = [tree.random_like(k, real) for k in jax.random.split(key, 2 * _PROBES)]
 
-    def power(operator: Callable[[PyTree], PyTree]) -> tuple[jax.Array, jax.Array]:
-        """(growth per step over the last half, ⟨u, M u⟩) of power iteration."""
+    def power(operator: Callable[[PyTree], PyTree]) -> tuple[jax.Array, PyTree]:
+        """(growth per step over the last half, the vector) of power iteration, twice at a time."""
 
         def step(carry: tuple[PyTree, jax.Array], i: jax.Array):
             u, log = carry
             u = operator(u)
-            size = norm(u)
+            size = jax.vmap(norm)(u)
             alive = size > 0
-            u = tree.scale(jnp.where(alive, 1 / jnp.where(alive, size, 1.0), 0.0), u)
+            scale = jnp.where(alive, 1 / jnp.where(alive, size, 1.0), 0.0)
+            u = jax.vmap(tree.scale)(scale, u)
             growth = jnp.where(alive, jnp.log(jnp.where(alive, size, 1.0)), -jnp.inf)
             return (u, log + jnp.where(i >= _POWER_STEPS // 2, growth, 0.0)), None
 
         u = tree.scale(1 / norm(probes[0]), probes[0])
-        start = u, jnp.zeros((), norm(u).dtype)
+        twice = jax.tree.map(lambda x: jnp.stack([x, x]), u)
+        start = twice, jnp.zeros(2, norm(u).dtype)
         (u, log), _ = lax.scan(step, start, jnp.arange(_POWER_STEPS))
-        growth = jnp.exp(log / (_POWER_STEPS - _POWER_STEPS // 2))
-        return growth, jnp.asarray(tree.vdot(u, operator(u)))
+        return jnp.exp(log / (_POWER_STEPS - _POWER_STEPS // 2)), u
 
-    @jax.jit
-    def spectrum() -> tuple[jax.Array, ...]:
-        radius, _ = power(j)
-        squared, _ = power(lambda u: transpose(j(u))[0])
-        big = jnp.sqrt(squared)
-        skew = jnp.zeros_like(big)
-        for a, b in zip(probes[:_PROBES], probes[_PROBES:], strict=True):
-            left, right = (jnp.asarray(tree.vdot(*p)) for p in ((a, j(b)), (j(a), b)))
-            # Of I − J: where J is next to nothing its asymmetry is too.
-            scale = norm(a) * (norm(b) + norm(j(b))) + norm(j(a)) * norm(b)
-            skew = jnp.maximum(skew, ratio(jnp.abs(left - right), scale))
+    def pair(u: PyTree, i: int) -> PyTree:
+        return jax.tree.map(lambda x: x[i], u)
 
-        # Extreme eigenvalues of the symmetric part S, by power iteration on ‖J‖I ± S.
-        def part(sign: float) -> Callable[[PyTree], PyTree]:
-            def operator(u: PyTree) -> PyTree:
-                s = tree.scale(0.5 * sign, tree.add(j(u), transpose(u)[0]))
-                return tree.add_scale(s, big, u)
+    def stacked(*u: PyTree) -> PyTree:
+        return jax.tree.map(lambda *x: jnp.stack(x), *u)
 
-            return operator
+    # J and JᵀJ.
+    (radius, squared), _ = power(lambda u: stacked(j(pair(u, 0)), transpose(j(pair(u, 1)))[0]))
+    big = jnp.sqrt(squared)
 
-        return radius, big, skew, power(part(1.0))[1] - big, big - power(part(-1.0))[1]
+    # Extreme eigenvalues of the symmetric part S, by power iteration on ‖J‖I ± S.
+    signs = jnp.asarray([0.5, -0.5], big.dtype)
 
-    radius, big, skew, largest, smallest = map(float, spectrum())
-    symmetric = skew <= 100 * resolution(w) ** 0.75
-    definite = largest < 1
-    condition = (1 - smallest) / (1 - largest) if symmetric and definite else math.nan
+    def parts(u: PyTree) -> PyTree:
+        def one(row: tuple[PyTree, jax.Array]) -> PyTree:
+            u, sign = row
+            return tree.add_scale(tree.scale(sign, tree.add(j(u), transpose(u)[0])), big, u)
 
-    def flops(function: Callable[..., PyTree], *operands: PyTree) -> float:
-        analysis = jax.jit(function).lower(*operands).compile().cost_analysis()
-        return float((analysis or {}).get("flops", math.nan))
+        return lax.map(one, (u, signs))
 
-    return Spectrum(
-        radius,
-        big,
-        symmetric,
-        definite,
-        smallest,
-        largest,
-        condition,
-        flops(problem.equation.phi, w, problem.x),
-        flops(lambda u: transpose(u)[0], real),
-    )
+    _, u = power(parts)
+    above, below = jnp.asarray(jax.vmap(tree.vdot)(u, parts(u)))
+
+    def probe(skew: jax.Array, pair: tuple[PyTree, PyTree]) -> tuple[jax.Array, None]:
+        a, b = pair
+        left, right = (jnp.asarray(tree.vdot(*p)) for p in ((a, j(b)), (j(a), b)))
+        # Of I − J: where J is next to nothing its asymmetry is too.
+        scale = norm(a) * (norm(b) + norm(j(b))) + norm(j(a)) * norm(b)
+        return jnp.maximum(skew, ratio(jnp.abs(left - right), scale)), None
+
+    pairs = stacked(*probes[:_PROBES]), stacked(*probes[_PROBES:])
+    skew, _ = lax.scan(probe, jnp.zeros_like(big), pairs)
+    size = int(tree.size(real))
+    return Spectrum(radius, big, skew, big - below, above - big, resolution(w), size)  # pyright: ignore

@@ -1,0 +1,339 @@
+"""The tables of `experiments/README.md`, from `results/`: `python -m experiments.tools.tables`.
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`; nothing between them is written by hand.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..paper.published import PAPER
+from .report import METHODS
+
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = README.parent / "results"
+
+_MARKED = re.compile(r"(?<=<!-- )(?!end )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
+_SETTINGS = ("lr", "krr", "br", "hr")
+
+
+def rendered(text: str) -> str:
+    """`text` with every marked table as the results have it."""
+    return _MARKED.sub(lambda m: f"{m[1]}{m[2]}{TABLES[m[1]]()}\n", text)
+
+
+def _read(name: str) -> tuple[Any, Any]:
+    """What was measured and repeats, and what does not."""
+    record = json.loads((RESULTS / name).with_suffix(".json").read_text(encoding="utf-8"))
+    return record["results"], record["volatile"]
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _digits(value: float | None) -> str:
+    """Two digits; three between 1 and 1000, and a power of ten outside of 0.01 and 1000."""
+    if value is None or not np.isfinite(value):
+        return "-"
+    if value == 0:
+        return "0"
+    if 0.01 <= abs(value) < 1000:
+        return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def _quickstart() -> str:
+    results, volatile = _read("quickstart/results")
+    rows = [["(start)", "", f"{results['objective_at_start']:.4f}", "", "", "", ""]]
+    for name, method in METHODS.items():
+        o = results["optimised"][name]
+        rows.append(
+            [
+                method.label,
+                f"{o['objective_at_w_t']:.4f}",
+                f"{o['objective']:.4f}",
+                f"{100 * o['test_accuracy']:.1f} %",
+                _digits(o["relative_error_at_start"]),
+                f"{o['products']}",
+                f"{volatile['temporary_bytes'][name] / 1024:.0f} KiB",
+            ]
+        )
+    return _markdown(
+        (
+            "method",
+            "E(w_t, λ)",
+            "f(λ)",
+            "test accuracy",
+            "error at λ₀, t = 100",
+            "products",
+            "temp. memory",
+        ),
+        rows,
+    )
+
+
+def _figure1_rates() -> str:
+    results, _ = _read("figure1/results")
+    theory = dict.fromkeys(_SETTINGS, "(√κ−1)/(√κ+1)") | {"lr": "(κ−1)/(κ+1)"}
+    methods = ("itd", "fp_t", "cg_t")
+    rows = []
+    for name in _SETTINGS:
+        r = results[name]
+        rates = [np.median(r["fitted_rate"][m]) for m in methods]
+        rows.append(
+            [
+                f"{name.upper()}, {theory[name]}",
+                f"{np.median(r['kappa']):.0f}",
+                *(f"{x:.4f}" for x in (np.median(r["rate_in_theory"]), *rates)),
+            ]
+        )
+    labels = [METHODS[m].label for m in methods]
+    return _markdown(("rate a step (median)", "κ", "theory", *labels), rows)
+
+
+def _figure1_errors() -> str:
+    results, _ = _read("figure1/results")
+    methods = ("itd", "fp_t", "fp_10", "cg_t", "cg_10")
+    rows = []
+    for name in _SETTINGS:
+        r = results[name]
+        errors = (r["error"][m]["mean"][-1] for m in methods)
+        size = float(np.mean(r["hypergradient_norm"]))
+        rows.append([name.upper(), f"{r['t'][-1]}", _digits(size), *map(_digits, errors)])
+    labels = [METHODS[m].label for m in methods]
+    return _markdown(("mean error, last t", "t", "‖∇f‖", *labels), rows)
+
+
+def _table1(data: str, *columns: str) -> str:
+    """Objective (accuracy) of the paper, at w_t and at w(λ), for each t; ± over splits."""
+    results, volatile = _read(f"table1/{data}")
+    found = {(r["t"], r["method"]): r for r in results["rows"]}
+    costs = {(c["t"], c["method"]): c for c in volatile["costs"]}
+    ts = sorted({t for t, _ in found})
+    header = [""]
+    for t in ts:
+        header += [f"t={t} paper", "at w_t", "at w(λ)"]
+    rows = []
+    for method in ("itd", "fp_t", "cg_t", "fp_k", "cg_k"):
+        row = [next(r["label"] for (_, m), r in found.items() if m == method)]
+        for t in ts:
+            paper = PAPER[data, t].get(method)
+            if (t, method) not in found:
+                row += ["as k = t", "", ""]
+                continue
+            splits = found[t, method]["splits"]
+
+            def cell(objective: str, accuracy: str, splits: Any = splits) -> str:
+                values = [s[objective] for s in splits]
+                spread = f" ± {np.std(values):.2f}" if len(values) > 1 else ""
+                digits = 2 if len(values) > 1 else 3
+                right = np.mean([s[accuracy] for s in splits])
+                return f"{np.mean(values):.{digits}f}{spread} ({right:.1f})"
+
+            row += [
+                "" if paper is None else f"{paper[0]:.2f} ({paper[1]:.1f})",
+                cell("objective", "accuracy"),
+                cell("exact_objective", "exact_accuracy"),
+            ]
+        if columns:
+            cost = costs[ts[-1], method]
+            row += [
+                f"{found[ts[-1], method]['rate']:g}",
+                f"{cost['seconds_per_step']:.2f}",
+                f"{cost['temp_bytes'] / 1e6:.0f}",
+            ]
+        rows.append(row)
+    return _markdown([*header, *columns], rows)
+
+
+def _parkinson() -> str:
+    return _table1("parkinson")
+
+
+def _fashion() -> str:
+    return _table1("fashion")
+
+
+def _news20() -> str:
+    return _table1("news20", "step", "s / step, t=25", "temp. MB")
+
+
+def _sparse_products() -> str:
+    _, volatile = _read("sparse_products/results")
+    products = volatile["seconds"]
+    names = {
+        "pieces": "pieces (`problems/sparse.py`)",
+        "segment sums": "sorted segment sums, CSR and CSC",
+        "BCOO": "BCOO",
+        "callback": "SciPy through `pure_callback`",
+    }
+    rows = [
+        [text, *(f"{1e3 * seconds[name]:.1f} ms" for seconds in products.values())]
+        for name, text in names.items()
+    ]
+    return _markdown(("", *products), rows)
+
+
+def _memory() -> str:
+    results, _ = _read("memory/results")
+    ts = list(results["bytes"]["itd"])
+    rows = [
+        [METHODS[m].label, *(f"{by_t[t] / 1e6:.0f}" if t in by_t else "" for t in ts)]
+        for m, by_t in results["bytes"].items()
+    ]
+    return _markdown(("MB in all", *(f"t={t}" for t in ts)), rows)
+
+
+def _figure2() -> str:
+    results, volatile = _read("figure2/results")
+
+    def spread(values: Sequence[float], form: Callable[[float], str] = _digits) -> str:
+        return f"{form(float(np.mean(values)))} [{form(min(values))}, {form(max(values))}]"
+
+    rows = [
+        [
+            r["variant"] + ", projected" * r["projected"],
+            spread(r["objective"]),
+            spread(r["accuracy"], lambda x: f"{x:.1f}"),
+            _digits(float(np.mean(r["norm_a"]))),
+            f"{volatile['seconds_per_step'][r['variant']]:.3f}",
+        ]
+        for r in results["rows"]
+    ]
+    header = ("mean [range] over seeds", "objective", "test accuracy %", "‖A‖", "s / step")
+    return _markdown(header, rows)
+
+
+def _conv_eqm() -> str:
+    results, volatile = _read("conv_eqm/results")
+    rows = [
+        [
+            name.upper(),
+            f"{r['objective']:.4f}",
+            f"{r['accuracy']:.1f}",
+            f"{volatile['seconds_per_step'][name]:.1f}",
+        ]
+        for name, r in results["rows"].items()
+    ]
+    return _markdown(("", "objective", "test accuracy %", "s / step"), rows)
+
+
+def _batching() -> str:
+    results, volatile = _read("batching/results")
+    seconds = volatile["seconds"]
+    chunks = (1, 2, 4, 8, 16, 32)
+    rows = []
+    for order, text in (("mixed", "any order"), ("by difficulty", "sorted by difficulty")):
+        names = [f"64, {order}, {c}" for c in chunks]
+        run = [results[n]["lane_steps"] / results[n]["steps_needed"] for n in names]
+        rows.append([f"steps run, of those needed; {text}", *(f"{x:.2f}" for x in run)])
+        rows.append([f"time, {text} (ms)", *(f"{1e3 * seconds[n]:.0f}" for n in names)])
+    return _markdown(("64 unknowns, chunks of", *map(str, chunks)), rows)
+
+
+def _certificates() -> str:
+    results, _ = _read("certificates/results")
+    rows = []
+    for r in results["families"]:
+        low, high = r["interval"]
+        rows.append(
+            [
+                r["family"],
+                r["dtype"],
+                f"{r['cases']}",
+                f"{r['relative_error'][0]:.0e} to {r['relative_error'][1]:.1g}",
+                " ".join(f"{x:.2f}" for x in r["ratio"]),
+                f"{100 * r['coverage']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+                f"{100 * r['valid']:.0f}",
+                f"{r['polished'][0]:.0e}",
+                f"{r['cost'][0]:.2f}, {r['cost_linear'][0]:.1f}",
+            ]
+        )
+    header = (
+        "family",
+        "dtype",
+        "cases",
+        "relative error",
+        "error / true: 0, 5, 50, 95, 100 %",
+        "coverage % [95 %]",
+        "valid %",
+        "polished",
+        "cost",
+    )
+    return _markdown(header, rows)
+
+
+def _adaptive() -> str:
+    results, _ = _read("certificates/results")
+    rows = [
+        [
+            family,
+            f"{r['met']} of {r['requests']}",
+            *(f"{x:.1f}" for x in r["relative_cost"]),
+            f"{r['median_cost']:.2f}",
+            f"{r['worst_cost']:.1f}",
+        ]
+        for family, r in results["adaptive"].items()
+    ]
+    requests = ("10⁻¹", "10⁻²", "10⁻³", "10⁻⁴", "10⁻⁵", "10⁻⁶")
+    return _markdown(("family", "met", *requests, "median", "worst"), rows)
+
+
+def _advice() -> str:
+    results, volatile = _read("advice/results")
+    rows = []
+    for problem, chosen in results["chosen"].items():
+        seconds, errors = volatile["seconds"][problem], volatile["errors"][problem]
+        right = {n: s for n, s in seconds.items() if errors[n] is not None and errors[n] <= 0.01}
+        best = min(right, key=lambda name: right[name])
+        rows.append(
+            [
+                problem,
+                _short(chosen),
+                f"{1e6 * seconds[chosen]:.0f} µs",
+                _digits(errors[chosen]),
+                _short(best),
+                f"{1e6 * seconds[best]:.0f} µs",
+            ]
+        )
+    header = ("problem", "recommended", "its time", "its error", "fastest", "its time")
+    return _markdown(header, rows)
+
+
+def _short(name: str) -> str:
+    """The linear solver in the name of an estimator."""
+    return f"`{name.removeprefix('aid(').partition('(')[0]}`"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__[1:]: f
+    for f in (
+        _quickstart,
+        _figure1_rates,
+        _figure1_errors,
+        _parkinson,
+        _fashion,
+        _news20,
+        _sparse_products,
+        _memory,
+        _figure2,
+        _conv_eqm,
+        _batching,
+        _certificates,
+        _adaptive,
+        _advice,
+    )
+}
+"""One function for each table: no arguments, Markdown."""
+
+
+if __name__ == "__main__":
+    README.write_text(rendered(README.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.exit(0)
