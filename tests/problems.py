@@ -3,6 +3,7 @@
 A new problem, linear solver or estimator joins every test by one row.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -48,9 +49,12 @@ class Problem(NamedTuple):
 
     def gradient(self, lam: PyTree | None = None) -> PyTree:
         """∇f(λ) through the closed form."""
-        return jax.jit(jax.grad(lambda lam: self.outer(self.solution(lam), lam)))(
-            self.lam if lam is None else lam
-        )
+        return _gradient(self.outer, self.solution)(self.lam if lam is None else lam)
+
+
+@functools.cache
+def _gradient(outer: Callable[..., jax.Array], solution: Callable[[PyTree], PyTree]) -> Any:
+    return jax.jit(jax.grad(lambda lam: outer(solution(lam), lam)))
 
 
 class LinearRow(NamedTuple):

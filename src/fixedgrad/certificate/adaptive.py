@@ -119,6 +119,8 @@ def adaptive_hypergradient(
 
     Returns:
         The pair (`init`, `update`) of the explicit form; `state.certificate` holds the estimate.
+        `num_steps` in `state.info` is evaluations of Φ for w, one a step of Newton's method or of Φ,
+        and products with Jᵀ for v, one a step of the linear solver.
 
     Raises:
         TypeError: An argument is not of its kind.
@@ -245,7 +247,7 @@ def adaptive_hypergradient(
         missed = status_where(jnp.isfinite(c.error), Status.MAX_STEPS, Status.NON_FINITE)
         reached = status_where(s.by_rounding, Status.AT_FLOOR, Status.CONVERGED)
         status = status_where(s.met, reached, missed)
-        lower = solve_info(s.products.phi + s.products.j, c.residual_w, status)
+        lower = solve_info(s.products.phi, c.residual_w, status)
         linear = solve_info(s.products.jt, c.residual_v, status)
         grad = placed_like(c.polished, lam)
         grad = enforce(on_failure, "hypergradient to its tolerance", lower, grad)
