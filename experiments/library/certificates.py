@@ -461,7 +461,7 @@ def draw(
         first.legend(fontsize=7)
         for ax, (name, b) in zip(axes[0, 1:], bounds.items(), strict=True):
             ax.plot(b["t"], b["prior"], color="#b58900", label="a priori (Grazzi et al. 2020)")
-            ax.plot(b["t"], b["proved"], color="#d55e00", label="a posteriori, level “proved”")
+            ax.plot(b["t"], b["proved"], color="#d55e00", label="a posteriori, `certify_proved`")
             ax.plot(b["t"], b["estimate"], color="#0072b2", label="estimate")
             ax.plot(b["t"], b["true"], "k:", label="true error")
             bottom = 0.1 * min(b["true"])  # A-priori bounds go on where rounding ends all errors.

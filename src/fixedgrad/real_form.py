@@ -19,6 +19,32 @@ import optax
 from .mapped_axes import coupled_axes, largest, total
 from .types import PyTree
 
+# How many units of the resolution stand for rounding: every multiple of eps in this library.
+NEGLIGIBLE = 1 / 8  # Of a start: a residual that more steps do not change.
+VALUE = 4  # What of a value that is computed from a few others is rounding.
+EVALUATION = 8  # What of Φ(w) is rounding, generously.
+LAST_DIGITS = 16  # By so much an entry is moved, to see what its rounding does.
+COMPUTATION = 64  # What a whole computation rounds, generously.
+
+
+def of_product(eps: float) -> float:
+    """The error of a product relative to its size: a modest multiple of eps.
+
+    Low precision rounds results only, since sums accumulate in float32; there sixteen times eps
+    would be no floor but an end after two steps.
+    """
+    return 16 * eps if eps < 1e-5 else eps
+
+
+def of_iterate(eps: np.ndarray) -> np.ndarray:
+    """The residual w − Φ(w) of a w that is right but for rounding, relative to w, for each eps."""
+    return np.where(eps < 1e-5, 8 * eps, 2 * eps)
+
+
+def of_symmetry(eps: float) -> float:
+    """How far from 0 a difference ⟨a, Mb⟩ − ⟨Ma, b⟩ of a symmetric M may be, relative to its terms."""
+    return 100 * eps**0.75
+
 
 def real_dtype(tree: PyTree) -> jnp.dtype:
     """The one real dtype, at least float32, that holds every inexact leaf of `tree`."""
@@ -240,3 +266,12 @@ def random_signs(tree: PyTree) -> PyTree:
             for k, x in zip(keys, leaves, strict=True)
         ]
     )
+
+
+def nudged(tree: PyTree) -> PyTree:
+    """Inexact leaves, each entry moved by some of its last digits, up or down at random."""
+
+    def moved(x: jax.Array, sign: jax.Array) -> jax.Array:
+        return x + (LAST_DIGITS * float(jnp.finfo(x.dtype).eps)) * sign * x
+
+    return jax.tree.map(moved, tree, random_signs(tree))

@@ -160,7 +160,7 @@ class SolveInfo(NamedTuple):
 
 
 class Products(NamedTuple):
-    """What was spent: evaluations of Φ, products with J, products with Jᵀ; int32."""
+    """Counts of evaluations of Φ, of products with J, and of products with Jᵀ; int32."""
 
     phi: jax.Array
     j: jax.Array

@@ -279,10 +279,7 @@ def adaptive_hypergradient(
 
 
 class _Round(NamedTuple):
-    """The carry over rounds: the pair, its thresholds, the last certificate, what was spent.
-
-    Where a pass finds what the solves `seen` before had missed, there may be more: another round looks.
-    """
+    """The carry over rounds: the pair, its thresholds, its last certificate, the products so far."""
 
     w: PyTree
     v: PyTree

@@ -29,38 +29,39 @@ class CertificateStatus(enum.IntEnum):
     FAR = 3
     """A Newton step did not bring ‖w − Φ(w)‖ down to half: w is too far from the fixed point."""
     KINK = 4
-    """‖r_v‖ stays: J or ∇₁E jumps near w, as at another active set, or is strongly curved."""
+    """‖r_v‖ did not fall to half: J or ∇₁E jumps near w, as where the active set changes, or curves
+    strongly."""
     REMAINDER = 5
-    """What the last correction leaves may be half of the whole: the corrections do not contract, or the
-    last one found an error where those before had seen none."""
+    """The error left after the last correction may be half of the whole. Either the corrections do not
+    contract, or the last one found an error that those before had missed."""
     CONSTANT_CONTRADICTED = 6
     """An observation violates one of the `Constants`."""
     REPELLED = 7
-    """Steps of Φ lead away from the fixed point nearby, as from a saddle of the lower level's loss that
-    gradient descent is passing: the one that they come to is another. Seen where J is symmetric, by
-    twenty products at most, which miss an eigenvalue of J above 1 by less than about a hundredth of
-    ‖I − J‖. No objection where Φ = w − F is no iteration, and the equations F = 0 are no minimum."""
+    """Steps of Φ lead away from the fixed point near w, and so to another one: gradient descent passes
+    a saddle of its loss like this. The test needs a symmetric J and takes twenty products at most; it
+    misses an eigenvalue of J above 1 by less than about a hundredth of ‖I − J‖. The status is no
+    objection where Φ = w − F only stands for equations F = 0 that are no minimum."""
 
 
 class Certificate(NamedTuple):
     """An answer to: how wrong is the hypergradient ĝ at (w, v)?
 
     Attributes:
-        error: Of `certify`, an estimate of ‖ĝ − ∇f‖, with the factor `safety`; of `certify_proved`, an
-            upper bound of it, given the constants.
+        error: An estimate of ‖ĝ − ∇f‖, with the factor `safety`; from `certify_proved` an upper bound,
+            given the constants.
         relative_error: `error` over the norm of the best gradient at hand.
         lower_part: The share of the error that comes from w ≠ w(λ) (a norm).
         linear_part: The share of the error that comes from (I − Jᵀ)v ≠ ∇₁E (a norm).
-        remainder: What may be wrong with g⁺, estimated; 0 where `proved`.
+        remainder: An estimate of ‖g⁺ − ∇f‖; 0 where `proved`.
         gradient: ĝ = ∇₂E + Bᵀv, or the gradient that was given.
         polished: g⁺, the corrected hypergradient; ĝ where `valid` is false or `proved` true.
         residual_w: ‖w − Φ(w)‖.
         residual_v: ‖∇₁E − (I − Jᵀ)v‖.
-        products: What was spent, a `Products`.
+        products: The `Products` that it cost.
         valid: Whether `error` can be relied on.
         status: A `CertificateStatus`, int32.
-        at_floor: The residual of w is rounding: the correction brings nothing.
-        rounding: What of `error` may be rounding: two right answers may differ by so much.
+        at_floor: Whether the residual of w is rounding, so that a correction brings nothing.
+        rounding: The part of `error` that may be rounding. Two right answers may differ by so much.
         safety: The factor on the estimate; 1 where `proved`.
         proved: Whether `error` is an upper bound, given the constants.
     """

@@ -70,7 +70,7 @@ def certify(
     Cost: two passes as a rule, each one solve with J and one with Jᵀ, to `solve_rtol` and
     then below what those left; a rough solve with Jᵀ that tells the parts apart; twelve products, and
     twenty at most with Jᵀ, two where J is not symmetric, that look for a saddle.
-    Measured in `products`: 3 to 6 times those of the linear solve at 1e-3 alone, about as many as of
+    Measured in `products`: 3 to 7 times those of the linear solve at 1e-3 alone, about as many as of
     a whole hypergradient. Memory: the linear solver's.
     When not to use it: far from the solution of a non-convex problem (it says `FAR`); at kinks of a
     proximal map between w and w(λ).

@@ -17,24 +17,33 @@ import optax
 from jax import lax
 
 from ..problem import Problem
-from ..real_form import inner, norm, random_signs, ratio, resolution
+from ..real_form import (
+    COMPUTATION,
+    LAST_DIGITS,
+    VALUE,
+    inner,
+    norm,
+    nudged,
+    random_signs,
+    ratio,
+    resolution,
+)
 from ..types import Jacobian, LinearSolver, MatVec, Products, PyTree, Scalar, failed
 
 tree = optax.tree
 
-_ROUNDING = 4.0  # Residuals below this many eps are taken for rounding.
 _ROUGH = 0.3  # Tolerance of solves that have to get the size right.
 _PROBES = 20  # Products that look for a fixed point that Φ leaves.
 _UNSEEN = 2.0  # A gain that grows by more than this shows an error that was not seen before.
 
 
 class LooseSolves(NamedTuple):
-    """What solves with A (for w) and Aᵀ (for v), to loose tolerances, have shown so far.
+    """The amplification and the residuals of loose solves with A (for w) and Aᵀ (for v) so far.
 
-    A Krylov method brings a residual down along the large singular values of A first. Where A is
-    ill-conditioned a loose solve has missed what lies along the small ones, which may be most of the
-    error. It shows in the next solve, if that one goes below what the last one left: the residual
-    there is amplified more.
+    A Krylov method brings a residual down along the large singular values of A first. So a loose solve
+    of an ill-conditioned system misses the part along the small ones, which may be most of the error.
+    The next solve shows it, if its tolerance is below the residual that the last solve left: the part
+    that was missed is amplified more than all before.
 
     Attributes:
         amplification_w: The largest ‖A⁻¹r‖/‖r‖ of a right-hand side r.
@@ -49,12 +58,12 @@ class LooseSolves(NamedTuple):
     residual_v: jax.Array
 
     def exceeded_by(self, later: "LooseSolves") -> jax.Array:
-        """Whether later solves found what these had missed."""
+        """Whether later solves found an error that these had missed."""
         more_w = later.amplification_w > _UNSEEN * self.amplification_w
         return more_w | (later.amplification_v > _UNSEEN * self.amplification_v)
 
     def then(self, later: "LooseSolves") -> "LooseSolves":
-        """Of both, in this order."""
+        """These solves and later ones, taken together."""
         return LooseSolves(
             jnp.maximum(self.amplification_w, later.amplification_w),
             jnp.maximum(self.amplification_v, later.amplification_v),
@@ -70,7 +79,7 @@ def no_solves(like: jax.Array) -> LooseSolves:
 
 
 class Estimate(NamedTuple):
-    """What one pass at (w, v) gives; sizes are norms.
+    """The result of one pass at (w, v); sizes are norms.
 
     Attributes:
         gradient: ĝ at (w, v).
@@ -81,12 +90,12 @@ class Estimate(NamedTuple):
         r_w: ‖w − Φ(w)‖.
         r_v: ‖∇₁E − Aᵀv‖.
         right: ‖r_v‖ + ‖h_w‖, the right-hand sides of e_v.
-        noise_w: What of `r_w` may be rounding.
-        noise_v: What of `right` may be rounding.
-        terms: ‖ĝ‖ + ‖Bᵀv‖: what ĝ is made of.
-        noise: What of ‖ĝ‖ may be rounding.
-        solves: What its two solves show.
-        products: A `Products`.
+        noise_w: The part of `r_w` that may be rounding.
+        noise_v: The part of `right` that may be rounding.
+        terms: ‖ĝ‖ + ‖Bᵀv‖, the size of the terms of ĝ.
+        noise: The part of ‖ĝ‖ that may be rounding.
+        solves: The `LooseSolves` of this pass.
+        products: The `Products` that it cost.
         solved: Whether the loose solves succeeded.
         repels: Whether steps of Φ lead away from the fixed point nearby: see `_repels`.
     """
@@ -110,25 +119,26 @@ class Estimate(NamedTuple):
 
     @property
     def rounding(self) -> jax.Array:
-        """What of the error at (w, v) may be rounding, amplified as the residuals are."""
+        """The part of the error that may be rounding: of the residuals, amplified, and of ĝ."""
         amplified = ratio(norm(self.lower) * self.noise_w, self.r_w)
         return amplified + ratio(norm(self.linear) * self.noise_v, self.right) + self.noise
 
 
 class RefinedEstimate(NamedTuple):
-    """What one or several passes from (w, v) say of the error there.
+    """The error at (w, v) as one or several passes from there find it.
 
     Attributes:
         first: The first `Estimate`.
         end: The corrected gradient after the last pass.
         change: The size of the last correction.
-        rest: What may be wrong with `end`, estimated.
+        rest: An estimate of the error of `end`.
         reduction_w: The largest ratio of ‖w − Φ(w)‖ after a pass to that before, rounding aside.
         reduction_v: Ratio of ‖r_v‖ after the last pass but one to ‖r_v‖ + ‖h_w‖ before, rounding aside.
             The equation for v is linear: where w comes closer, v follows.
-        solves: What the solves of all passes show.
-        missed: Whether the last pass found what those before had missed: there may be more still.
-        products: Of all passes.
+        solves: The `LooseSolves` of all passes.
+        missed: Whether the last pass found an error that those before had missed, so that more may be
+            hidden.
+        products: The `Products` of all passes.
         solved: Whether all loose solves succeeded.
         repels: Whether Φ leads away from where the passes lead to.
     """
@@ -173,7 +183,7 @@ def dual_weighted(
     # ∇L in one linearisation: its tangent gives A = I − J and h, its transpose is not needed.
     (r_w, r_v, g, b), tangent = jax.linearize(lambda u: problem.gradients(u, v), w)
     of_phi = problem.equation.vjp(w, problem.x)
-    eps = _ROUNDING * resolution(w)
+    eps = VALUE * resolution(w)
     noise_w, size_a = _noise(problem, w, r_w, lambda u: tangent(u)[0])
     # A residual below the noise says nothing, zero least of all: noise of that size takes its place.
     at_floor = norm(r_w) <= 2 * noise_w
@@ -251,22 +261,22 @@ def dual_weighted(
 def _noise(
     problem: Problem, w: PyTree, r_w: PyTree, product: MatVec
 ) -> tuple[jax.Array, jax.Array]:
-    """What of ‖r_w‖ may be rounding, and the size of A as rounding meets it, at most 1.
+    """The part of ‖r_w‖ that may be rounding, and ‖A‖ along the rounding of w, at most 1.
 
-    As w − Φ(w) the residual has the rounding of w and Φ(w), whatever the map. A residual F of its own
-    has that of its terms, which nobody knows: so it is observed. With δ some of the last digits of w,
-    F(w + δ) − F(w) − A δ is rounding to second order. And w itself is rounded, which F sees as A δ.
+    A residual w − Φ(w) has the rounding of w and Φ(w), whatever the map. A residual F that is given has
+    the rounding of its terms, which are not known. So its rounding is observed: with δ the last digits
+    of w, F(w + δ) − F(w) − A δ is rounding, to second order. The rounding of w itself enters F as A δ.
     """
     eps = resolution(w)
     if not problem.equation.by_residual:
-        return _ROUNDING * eps * (norm(w) + norm(tree.sub(w, r_w))), jnp.ones_like(norm(w))
-    moved = jax.tree.map(lambda x, s: x + 16 * eps * s, w, _signed(w)[0])
+        return VALUE * eps * (norm(w) + norm(tree.sub(w, r_w))), jnp.ones_like(norm(w))
+    moved = nudged(w)
     delta = tree.sub(moved, w)
     change = product(delta)
     there = problem.equation.residual(moved, problem.x)
     observed = norm(tree.sub(tree.sub(there, r_w), change))
-    size_a = jnp.minimum(_ROUNDING * ratio(norm(change), norm(delta)), 1.0)
-    return _ROUNDING * (observed + norm(change) / 16 + eps * norm(r_w)), size_a
+    size_a = jnp.minimum(VALUE * ratio(norm(change), norm(delta)), 1.0)
+    return VALUE * (observed + norm(change) / LAST_DIGITS + eps * norm(r_w)), size_a
 
 
 def _signed(w: PyTree) -> tuple[PyTree, jax.Array]:
@@ -304,7 +314,7 @@ def _repels(
             s.before,
         )
         scale = jnp.maximum(s.scale, norm(a_q))
-        pivot = alpha + 64 * eps * scale - jnp.where(first, 0.0, s.beta**2 / s.pivot)
+        pivot = alpha + COMPUTATION * eps * scale - jnp.where(first, 0.0, s.beta**2 / s.pivot)
         following, beta = unit(rest)
         spanned = beta <= eps**0.5 * scale  # An invariant subspace: there is no more to see.
         symmetric = s.symmetric & (skew <= eps**0.5 * scale)
@@ -421,7 +431,7 @@ def refine(
 
 
 def estimate_once(problem: Problem, p: Estimate, before: LooseSolves) -> RefinedEstimate:
-    """What one pass says after the solves `before`.
+    """The error at (w, v) by one pass alone, after the solves `before`.
 
     One evaluation at (w⁺, v⁺) stands in place of a second pass.
     """

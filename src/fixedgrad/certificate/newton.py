@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from ..problem import Problem
-from ..real_form import norm, ratio, resolution
+from ..real_form import LAST_DIGITS, norm, ratio, resolution
 from ..types import Jacobian, LinearSolver, Products, PyTree, Scalar, SolveInfo, failed
 
 tree = optax.tree
@@ -19,9 +19,9 @@ LOOSE = 0.1  # Tolerance of the solves in an estimate, and of a Newton step far 
 
 
 class _Newton(NamedTuple):
-    """The carry of Newton–Krylov: a point to be judged, the last one accepted and its residual norm.
+    """The carry of Newton–Krylov: a proposed point, the last accepted one and its residual norm.
 
-    `effort` are the products of the solve that proposed the point.
+    `effort` counts the products of the solve that proposed the point.
     """
 
     w: PyTree
@@ -55,7 +55,7 @@ def newton_krylov(
         w, the largest amplification ‖e‖/‖r‖ by the solves, the residual that the last one left (see
         `LooseSolves`), and what was spent in all.
     """
-    floor = 16 * resolution(w)
+    floor = LAST_DIGITS * resolution(w)
 
     def unfinished(s: _Newton) -> jax.Array:
         return ~s.met & (sum(s.spent) < max_products)
@@ -116,5 +116,5 @@ def newton_krylov(
 
 
 def products_of(info: SolveInfo) -> jax.Array:
-    """What a linear solve takes: one a step, and one for the true residual."""
+    """The products of a linear solve: one a step, and one for the true residual."""
     return info.num_steps + jnp.minimum(info.num_steps, 1)

@@ -10,7 +10,7 @@ from jax import lax
 from ..bounds import Constants
 from ..errors import show
 from ..problem import Problem, compiled_at
-from ..real_form import norm, resolution
+from ..real_form import EVALUATION, norm, resolution
 from ..types import Outer, Phi, Products, PyTree
 from .certificate import Certificate, CertificateStatus, relative, status_of, the_pair
 from .options import NO_KWARGS, check_kwargs, krylov
@@ -109,7 +109,7 @@ def _bound(
     r_w, r_v, g, b = problem.gradients(w, v)
     image = tree.sub(w, r_w)
     at, j = problem.equation.vjp(w, x), problem.equation.jvp(w, x).j
-    eps = 8 * resolution(w)
+    eps = EVALUATION * resolution(w)
     dtype = norm(w).dtype
     mu, q, nu1, nu2, eta1, eta2, big_l = (
         jnp.asarray(value, dtype) for value in (c.mu, c.q, c.nu1, c.nu2, c.eta1, c.eta2, c.L_Phi)

@@ -19,7 +19,7 @@ from ..errors import check_callable, check_same
 from ..estimators import truncated_itd
 from ..leaves import check_arrays, check_concrete, fresh, partition, split_lam, strongly_typed
 from ..problem import Problem
-from ..real_form import resolution, steepest_ascent
+from ..real_form import COMPUTATION, resolution, steepest_ascent
 from ..types import Outer, Phi, PyTree
 from .numbers import difference, inner, norm
 from .spectrum import solve_lower
@@ -37,7 +37,7 @@ class Answer(NamedTuple):
     Attributes:
         verdict: "agrees", "disagrees", or "inconclusive" where the answer cannot tell.
         difference: The relative difference; NaN where there is no answer.
-        why: Why it is inconclusive, else empty.
+        why: The reason why it is inconclusive, else empty.
     """
 
     verdict: Verdict
@@ -55,7 +55,7 @@ class GradientCheck(NamedTuple):
         itd: `Answer` of ‖g − g_itd‖ / ‖g_itd‖, steps of Φ differentiated from its w.
         finite_difference: `Answer` of |⟨g, d⟩ − finite difference of f along d|, relative to the larger
             of the two; d is the direction of g⁺.
-        warnings: What to beware of, in sentences.
+        warnings: Dangers that were seen, in sentences.
     """
 
     gradient: PyTree
@@ -186,7 +186,7 @@ def check_gradient(
     )  # So much two right answers may differ.
     length = norm(w)
     eps, eps_lam = resolution((w, lam)), resolution(lam)
-    scale = max(length, norm(difference(w, w0)), 64 * resolution(w) * norm(lam))
+    scale = max(length, norm(difference(w, w0)), COMPUTATION * resolution(w) * norm(lam))
     near = float(certificate.residual_w) <= _FAR * scale
     rtol = max(rtol, eps**0.5)
 

@@ -18,6 +18,7 @@ from ..leaves import check_concrete, strongly_typed
 from ..linear import bicgstab, cg, dense, fp, gmres, normal_cg
 from ..lower import solve_with_info
 from ..problem import Problem, compiled_at
+from ..real_form import COMPUTATION
 from ..types import (
     Estimator,
     LinearSolver,
@@ -42,13 +43,13 @@ class Alternative(NamedTuple):
     """One way to the hypergradient, measured on this problem.
 
     Attributes:
-        name: How it is written.
-        estimator: It, ready to use.
+        name: The call that makes it.
+        estimator: The estimator, ready to use.
         usable: Whether it reached the tolerance without a breakdown (`itd`: whether ρ(J) < 1).
         products: Products with J or Jᵀ that it took (`itd`: predicted from ρ(J)).
-        seconds: What it took here, compiled, at the least of some runs; NaN for `itd`.
+        seconds: The least time of some compiled runs on this machine; NaN for `itd`.
         memory: Memory in units of w.
-        why: One clause.
+        why: The reason for or against it, one clause.
     """
 
     name: str
@@ -65,9 +66,9 @@ class Recommendation(NamedTuple):
 
     Attributes:
         estimator: The recommended estimator, ready to use; `None` where nothing works here.
-        name: How it is written; "nothing" where nothing works.
-        reasons: Why, in sentences.
-        warnings: What to beware of, in sentences.
+        name: The call that makes it; "nothing" where nothing works.
+        reasons: Reasons for the choice, in sentences.
+        warnings: Dangers that were seen, in sentences.
         alternatives: Every method tried, the fastest first.
         size: Real unknowns d in w.
         spectral_radius: ρ(J) at the solution, estimated from below by power iteration.
@@ -169,6 +170,7 @@ def recommend(
             or that could be meant for a parameter of `phi` or `outer`.
         ValueError: `rtol` is not in (0, 1), or `max_products` not a positive integer.
 
+    >>> import jax.numpy as jnp
     >>> phi = lambda w, lam: 0.5 * w + lam
     >>> advice = recommend(lambda w, lam: jnp.sum(w**2), phi, jnp.zeros(3), jnp.ones(3))
     >>> advice.symmetric, round(advice.spectral_radius, 3), advice.warnings
@@ -259,14 +261,14 @@ class _On(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A linear solver and what is known of it.
+    """A linear solver, its memory, and when it is tried.
 
     Attributes:
-        make: It, from `max_steps` and `rtol`.
-        memory: In units of w.
-        why: One clause.
-        products: A step.
-        unless: Those that do what it does, for less: it is tried where none of them succeeded.
+        make: The factory, of `max_steps` and `rtol`.
+        memory: Memory in units of w.
+        why: The reason to take it, one clause.
+        products: Products a step.
+        unless: Methods that do the same for less. This one is tried where none of them succeeded.
     """
 
     make: Callable[..., LinearSolver]
@@ -297,7 +299,7 @@ def _direct(*, max_steps: int, rtol: Scalar) -> LinearSolver:
 
 
 def _reference(*, max_steps: int, rtol: Scalar) -> LinearSolver:
-    """The default of certificates, which does not care for `max_steps`."""
+    """The default solver of certificates, which has its own bound on steps."""
     del max_steps
     return krylov(rtol)
 
@@ -319,7 +321,7 @@ def _tried(
     reference, info = compute(_hypergradient, w, 1e-3 * rtol, options=(make, _MAX_STEPS))
     left -= int(info.num_steps)
     # What may be missed: of the tolerance, and of rounding.
-    enough = rtol * norm(reference) + 64 * spectrum.eps * norm(w)
+    enough = rtol * norm(reference) + COMPUTATION * spectrum.eps * norm(w)
     candidates = list(_candidates(spectrum))
     found: list[Alternative] = []
     succeeded = set()

@@ -12,7 +12,7 @@ from jax import lax
 from ..certificate.newton import newton_krylov
 from ..certificate.options import krylov
 from ..problem import Problem
-from ..real_form import norm, ratio, realified, resolution
+from ..real_form import COMPUTATION, norm, of_symmetry, ratio, realified, resolution
 from ..types import Products, PyTree, Scalar
 
 tree = optax.tree
@@ -22,7 +22,7 @@ _POWER_STEPS = 100
 
 
 class Solved(NamedTuple):
-    """Of a lower-level solve: w, ‖Φ(w) − w‖, whether it failed, the products that it took."""
+    """The result of a lower-level solve: w, ‖Φ(w) − w‖, whether it failed, the products it took."""
 
     w: PyTree
     residual: jax.Array
@@ -31,7 +31,7 @@ class Solved(NamedTuple):
 
 
 def solve_lower(problem: Problem, rtol: Scalar, max_products: int | jax.Array = 20_000) -> Solved:
-    """By Newton–Krylov, to `rtol` ‖Φ(w)‖ or to the floor."""
+    """The fixed point by Newton–Krylov, to `rtol` ‖Φ(w)‖ or to the floor."""
     nothing = Products(*(jnp.int32(0) for _ in range(3)))
     tau = jnp.asarray(rtol) * norm(problem.equation.phi(problem.w, problem.x))
     w, _, _, spent = newton_krylov(problem, problem.w, tau, nothing, krylov, max_products)
@@ -42,13 +42,13 @@ def judge_lower(problem: Problem, rtol: Scalar) -> Solved:
     """Whether ‖Φ(w) − w‖ is at most `rtol` ‖Φ(w)‖, or at the floor; no products."""
     image = problem.equation.phi(problem.w, problem.x)
     size = norm(tree.sub(problem.w, image))
-    floor = 64 * resolution(problem.w) * norm(image)
+    floor = COMPUTATION * resolution(problem.w) * norm(image)
     solved = jnp.isfinite(size) & (size <= jnp.maximum(rtol * norm(image), floor))
     return Solved(problem.join_w(problem.w), size, ~solved, jnp.int32(0))
 
 
 class Spectrum(NamedTuple):
-    """Of J at w.
+    """Norms and extreme eigenvalues of J at w.
 
     Attributes:
         radius: ρ(J).
@@ -71,7 +71,7 @@ class Spectrum(NamedTuple):
     @property
     def symmetric(self) -> bool:
         """Whether J is symmetric to the precision of the probes."""
-        return self.skew <= 100 * self.eps**0.75
+        return self.skew <= of_symmetry(self.eps)
 
     @property
     def definite(self) -> bool:

@@ -10,8 +10,9 @@ from jax import lax
 from ..iteration import stopping
 from ..mapped_axes import steady
 from ..printing import printed
+from ..real_form import NEGLIGIBLE, of_product
 from ..types import LinearSolver, PyTree, Scalar, Status, is_failure, status_where
-from .system import Correction, System, corrected, linear_solver, rounding, tree
+from .system import Correction, System, corrected, linear_solver, tree
 
 
 @printed
@@ -73,9 +74,9 @@ def cg(
             ap = system.product(c.p)
             pap, pp, apap = dot(c.p, ap), dot(c.p, c.p), dot(ap, ap)
             scale = jnp.maximum(c.scale, jnp.where(pp > 0, jnp.sqrt(apap / pp), 0.0))
-            flat = jnp.abs(pap) <= rounding(eps) * scale * pp
+            flat = jnp.abs(pap) <= of_product(eps) * scale * pp
             # pᵀAp = 0 with Ap ≠ 0 takes eigenvalues of both signs; ‖Ap‖² ≤ ‖A‖ pᵀAp where A ≥ 0.
-            null = flat & (apap <= rounding(eps) * scale**2 * pp)
+            null = flat & (apap <= of_product(eps) * scale**2 * pp)
             bad = status_where(null, Status.SINGULAR, Status.INDEFINITE)
             status = status_where(flat | (pap < 0), bad, Status.FIXED_STEPS)
             live = (c.rr > c.least) & ~is_failure(c.status)
@@ -91,7 +92,9 @@ def cg(
             return _CG(c.i + 1, x, r, p, ap0, rr, c.least, scale, status)
 
         rr = dot(r, r)
-        least = rr * (eps / 8) ** 2  # Below it more steps change nothing, and ratios are noise.
+        least = (
+            rr * (NEGLIGIBLE * eps) ** 2
+        )  # Below it more steps change nothing, and ratios are noise.
         zero = tree.zeros_like(r)
         carry = _CG(
             jnp.int32(0), zero, r, r, zero, rr, least, rr * 0, jnp.int32(Status.FIXED_STEPS)
@@ -186,7 +189,7 @@ def normal_cg(
             s,
             (),
             ss,
-            ss * (eps / 8) ** 2,
+            ss * (NEGLIGIBLE * eps) ** 2,
             ss * 0,
             jnp.int32(Status.FIXED_STEPS),
         )

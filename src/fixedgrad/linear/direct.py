@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from ..errors import check_count, show
 from ..mapped_axes import varying_alike
 from ..printing import printed
-from ..real_form import norm, random_signs
+from ..real_form import COMPUTATION, norm, random_signs
 from ..types import LinearSolver, PyTree, SolveInfo, Status, status_where
 from .system import System, linear_solver, tree
 
@@ -167,7 +167,7 @@ def from_lineax(solver: Any) -> LinearSolver:
             limit = jnp.minimum(limit, (1 - system.noise) * system.norm)
             status = status_where(lost, Status.MAX_STEPS, Status.CONVERGED)
         else:
-            limit = 64 * (system.eps * system.norm + rounding)
+            limit = COMPUTATION * (system.eps * system.norm + rounding)
             limit = jnp.minimum(limit, system.noise * system.norm)
             status = status_where(lost & jnp.isfinite(size), Status.SINGULAR, Status.CONVERGED)
         missed = ~(residual <= limit) & ~solved & (status == int(Status.CONVERGED))

@@ -10,6 +10,7 @@ from ..errors import check_count
 from ..iteration import stopping
 from ..mapped_axes import steady
 from ..printing import printed
+from ..real_form import NEGLIGIBLE, VALUE
 from ..types import LinearSolver, PyTree, Scalar, Status, is_failure, status_where
 from .system import Correction, System, corrected, linear_solver, tree
 
@@ -137,7 +138,7 @@ def bicgstab(
     def correct(system: System, r: PyTree, steps: jax.Array | int, tol: jax.Array) -> Correction:
         eps, dot, norm = system.eps, system.space.inner, system.space.norm
         start = norm(r)
-        least = jnp.maximum(tol, eps / 8 * start)
+        least = jnp.maximum(tol, NEGLIGIBLE * eps * start)
 
         def ratio(a: jax.Array, b: jax.Array, scale: jax.Array | float = 0.0) -> jax.Array:
             # Where b is rounding on its scale the ratio means nothing: a breakdown, answered by 0.
@@ -235,7 +236,7 @@ def _gmres_cycle(
             u = tree.sub(u, _combine(c.basis, part))
             h += part
         height = norm(u)
-        ended = height <= 4 * eps * size  # The Krylov space is exhausted: d is exact.
+        ended = height <= VALUE * eps * size  # The Krylov space is exhausted: d is exact.
         u = tree.scale(jnp.where(ended, 0.0, 1 / jnp.where(ended, 1.0, height)), u)
         h = h.at[j + 1].set(jnp.where(ended, 0.0, height))
 

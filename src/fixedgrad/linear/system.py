@@ -12,7 +12,15 @@ from ..errors import check_callable, check_inexact, check_same
 from ..iteration import Measured, Stopping, joint_tolerance, verdict
 from ..leaves import traced_once
 from ..mapped_axes import steady
-from ..real_form import Space, power_of_two, real_dtype, realified, resolution
+from ..real_form import (
+    COMPUTATION,
+    Space,
+    of_product,
+    power_of_two,
+    real_dtype,
+    realified,
+    resolution,
+)
 from ..types import (
     LinearSolver,
     MatVec,
@@ -27,15 +35,6 @@ from ..types import (
 )
 
 tree = optax.tree
-
-
-def rounding(eps: float) -> float:
-    """The error of a product relative to its size: a modest multiple of eps.
-
-    Low precision rounds results only, since sums accumulate in float32; there sixteen times eps
-    would be no floor but an end after two steps.
-    """
-    return 16 * eps if eps < 1e-5 else eps
 
 
 class System(NamedTuple):
@@ -82,18 +81,18 @@ class System(NamedTuple):
 
     def floor(self, x: PyTree) -> jax.Array:
         # ‖b − Ax‖ at rounding, where ‖A‖ ≤ 2 for the contractions of this library.
-        return rounding(self.eps) * (self.norm + 2 * self.space.norm(x))
+        return of_product(self.eps) * (self.norm + 2 * self.space.norm(x))
 
     def steps_status(self, residual: jax.Array, start: jax.Array, x: PyTree) -> jax.Array:
         """The status of exact steps that ended in x, by the residual norms there and at the start."""
         # As large as x = x₀ leaves it, but for rounding: these steps have led nowhere.
-        idle = (residual >= (1 - rounding(self.eps)) * start) & (residual > self.floor(x))
+        idle = (residual >= (1 - of_product(self.eps)) * start) & (residual > self.floor(x))
         return status_where(idle, Status.NO_PROGRESS, Status.FIXED_STEPS)
 
     @property
     def noise(self) -> float:
         """The share of ‖b‖ that may be rounding before x means nothing."""
-        return max(0.01, min(0.5, 64 * self.eps))
+        return max(0.01, min(0.5, COMPUTATION * self.eps))
 
     def fixed(self, num_steps: Scalar, x: PyTree, status: jax.Array | Status) -> SolveInfo:
         """The verdict on a solve without a tolerance; `status` says what else was seen."""

@@ -14,7 +14,7 @@ from ..failure import enforce_value
 from ..iteration import Measured, Stopping, joint_tolerance
 from ..leaves import fresh, is_inexact, partition, phi_hint, started, traced_once
 from ..problem import Equation
-from ..real_form import Space, random_signs, realified
+from ..real_form import EVALUATION, Space, nudged, of_iterate, realified
 from ..types import (
     OnFailure,
     Phi,
@@ -139,8 +139,7 @@ class Lower(NamedTuple):
         # A leaf whose solution is zero shrinks for ever: what it has lost all digits of it is rid of.
         first = self.space.entries(to_real(_inexact(self.w0)))
         scales = jnp.maximum(scales, eps.astype(scales.dtype) * first)
-        # A multiple of the rounding of w, smaller where eps is coarse.
-        multiple = np.where(eps < 1e-5, 8 * eps, 2 * eps).astype(scales.dtype)
+        multiple = of_iterate(eps).astype(scales.dtype)
         rounding = multiple * scales
         if nudged and len(after) > 1:
             moved = to_real(_inexact(self.phi(_nudged(w))))
@@ -148,7 +147,7 @@ class Lower(NamedTuple):
         tolerance = joint_tolerance(stop, norm, scale, sizes, scales)
         largest = multiple.max(initial=0)
         rounded = jnp.all(sizes <= rounding) if len(after) > 1 else norm <= largest * scale
-        return Measured(norm, tolerance, 8 * largest * scale, rounded)
+        return Measured(norm, tolerance, EVALUATION * largest * scale, rounded)
 
 
 def lower_level(
@@ -172,9 +171,6 @@ def _inexact(w: PyTree) -> list[jax.Array]:
 
 
 def _nudged(w: PyTree) -> PyTree:
-    """`w` with each inexact entry moved by some of its last digits, up or down at random."""
+    """`w` with its inexact entries moved by some of their last digits."""
     x, rest, join = partition(jax.tree.map(jnp.asarray, w))
-    signs = random_signs(x)
-    return join(
-        jax.tree.map(lambda x, s: x + (16 * float(jnp.finfo(x.dtype).eps)) * s * x, x, signs), rest
-    )
+    return join(nudged(x), rest)
