@@ -859,10 +859,10 @@ _PLAIN = fg.hypergradient(
     "hypergrad",
     [
         _PLAIN,
-        fg.certified(_PLAIN, linear_solver=lambda _: fg.dense()),
-        fg.polished(_PLAIN, linear_solver=lambda _: fg.dense()),
+        fg.certified(_PLAIN, make_linear_solver=lambda _: fg.dense()),
+        fg.polished(_PLAIN, make_linear_solver=lambda _: fg.dense()),
         fg.adaptive_hypergradient(
-            _distance, _with_data, rtol=1e-9, linear_solver=lambda _: fg.dense()
+            _distance, _with_data, rtol=1e-9, make_linear_solver=lambda _: fg.dense()
         ),
     ],
     ids=["plain", "certified", "polished", "adaptive"],

@@ -166,7 +166,7 @@ def test_options_of_a_certificate_are_not_mixed_up():
         for safety in (1.5, 3.0, 1.5)
     ]
     assert errors[0] == errors[2] != errors[1]
-    tight = fg.certify(outer, phi, W0, None, LAM, linear_solver=lambda rtol: fg.dense())
+    tight = fg.certify(outer, phi, W0, None, LAM, make_linear_solver=lambda rtol: fg.dense())
     assert int(tight.products.j) != int(fg.certify(outer, phi, W0, None, LAM).products.j)
 
 

@@ -778,10 +778,10 @@ TRUST_ROWS = [
     Row(
         "certify with a finished linear solver",
         TypeError,
-        r"(?s)`linear_solver` of `certify` must be a function `linear_solver\(rtol\) -> LinearSolver`"
-        r".* Write `lambda rtol: cg\(",
+        r"(?s)`make_linear_solver` of `certify` must be a function `make_linear_solver\(rtol\) -> "
+        r"LinearSolver`.* Write `lambda rtol: cg\(",
         lambda: fg.certify(
-            loss, half, ONES, ONES, ONES, linear_solver=fg.cg(max_steps=9, rtol=0.1)
+            loss, half, ONES, ONES, ONES, make_linear_solver=fg.cg(max_steps=9, rtol=0.1)
         ),
     ),
     Row(

@@ -288,7 +288,7 @@ def hypergradient(
     @Compiled
     def solved(
         memory: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
-    ) -> tuple[PyTree, _Solved]:
+    ) -> tuple[PyTree, HypergradientState]:
         w0, v0 = start.propose(memory)
         x, join_lam, join_gradient = split_lam("hypergradient", lam)
 
@@ -329,7 +329,8 @@ def hypergradient(
         memory = optax.tree.where(lost, memory, start.record(memory, w, v))
         # Of its own, where `record` kept w and v: two leaves of a state must not share a buffer.
         info = HypergradientInfo(lower, back.info)
-        return join_gradient(grad), _Solved(value, w, v, info, owned(memory))
+        new = HypergradientState(value, w, v, info, owned(memory), jnp.int32(0))
+        return join_gradient(grad), new
 
     def update(
         state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
@@ -337,9 +338,8 @@ def hypergradient(
         check_state(state)
         check((lam, *args), kwargs)
         grad, new = solved(state.memory, lam, *args, **kwargs)
-        return grad, HypergradientState(
-            *new, num_updates=state.num_updates + 1, certificate=state.certificate
-        )
+        num_updates, certificate = state.num_updates + 1, state.certificate
+        return grad, new._replace(num_updates=num_updates, certificate=certificate)
 
     @Compiled
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
@@ -352,16 +352,6 @@ def hypergradient(
         return owned(HypergradientState(value, w0, v, info, memory, jnp.int32(0)))
 
     return Hypergradient(init, update, outer, phi)
-
-
-class _Solved(NamedTuple):
-    """The first fields of a `HypergradientState`, after an update."""
-
-    value: jax.Array
-    w: PyTree
-    v: PyTree | None
-    info: HypergradientInfo
-    memory: PyTree
 
 
 def _undifferentiated(run: Callable[[PyTree], tuple[PyTree, PyTree]], x: PyTree) -> Any:

@@ -73,7 +73,7 @@ def adaptive_hypergradient(
     rtol: Scalar,
     atol: Scalar = 0.0,
     max_products: int = 100_000,
-    linear_solver: Callable[[Scalar], LinearSolver] = krylov,
+    make_linear_solver: Callable[[Scalar], LinearSolver] = krylov,
     solver: Solver = _stay,
     start: Start = WARM,
     safety: Scalar = 1.25,
@@ -107,7 +107,7 @@ def adaptive_hypergradient(
         atol: Absolute tolerance on the hypergradient.
         max_products: Bound on evaluations of Φ plus products, checked before each Newton step and each
             round: the last round may exceed it, by the linear solves that it has begun.
-        linear_solver: A function of a relative tolerance that returns a `LinearSolver`, such as
+        make_linear_solver: A function of a relative tolerance that returns a `LinearSolver`, such as
             `lambda rtol: cg(max_steps=1000, rtol=rtol)` where J is symmetric.
         solver: `solver(w, lam, *args, **kwargs) -> w`, run in each update before anything else: the
             Newton–Krylov steps start at its result. By default they start at the last w itself. A
@@ -137,7 +137,7 @@ def adaptive_hypergradient(
     check_callable(where, "outer", outer, "outer(w, lam, *args) -> scalar")
     check_callable(where, "phi", phi, "phi(w, lam, *args) -> w")
     check_callable(where, "solver", solver, "solver(w, lam, *args) -> w")
-    check_factory(where, linear_solver)
+    check_factory(where, make_linear_solver)
     check_number(where, "rtol", rtol, lambda x: 0 <= x < 1, "a number in [0, 1)")
     check_number(where, "atol", atol, lambda x: x >= 0, "a number >= 0")
     check_number(where, "safety", safety, lambda x: x >= 1, "a number >= 1")
@@ -154,7 +154,7 @@ def adaptive_hypergradient(
                 problem,
                 estimate_once(
                     problem,
-                    dual_weighted(problem, w, v, linear_solver, LOOSE, solves, split=False),
+                    dual_weighted(problem, w, v, make_linear_solver, LOOSE, solves, split=False),
                     solves,
                 ),
                 None,
@@ -173,15 +173,15 @@ def adaptive_hypergradient(
         goal = jnp.asarray(rtol, dtype)
         goal = jnp.where(s.rounds == 0, 0.5 * jnp.where(goal > 0, goal, LOOSE), 0.0)
         w, amplification_w, residual_w, spent = newton_krylov(
-            problem, s.w, s.tau_w, s.products, linear_solver, max_products, goal
+            problem, s.w, s.tau_w, s.products, make_linear_solver, max_products, goal
         )
         v, amplification_v, residual_v, spent = _bring_down(
-            problem, w, s.v, s.tau_v, spent, linear_solver, goal
+            problem, w, s.v, s.tau_v, spent, make_linear_solver, goal
         )
         solves = s.solves.then(
             LooseSolves(amplification_w, amplification_v, residual_w, residual_v)
         )
-        p = dual_weighted(problem, w, v, linear_solver, LOOSE, solves, split=False)
+        p = dual_weighted(problem, w, v, make_linear_solver, LOOSE, solves, split=False)
         c = estimate_once(problem, p, solves)
         spent = jax.tree.map(jnp.add, spent, c.products)
         certificate = assess(problem, c, None, safety)._replace(products=spent)
@@ -300,7 +300,7 @@ def _bring_down(
     v: PyTree,
     tau: jax.Array,
     spent: Products,
-    linear_solver: Callable[[Scalar], LinearSolver],
+    make_linear_solver: Callable[[Scalar], LinearSolver],
     goal: jax.Array,
 ) -> tuple[PyTree, jax.Array, jax.Array, Products]:
     """Brings ‖∇₁E − Aᵀv‖ to `tau`, or to `goal` ‖∇₁E‖ if that is more, by one solve.
@@ -314,7 +314,7 @@ def _bring_down(
     size = norm(r_v)
     target = jnp.maximum(tau, goal * norm(b))
     rtol = jnp.clip(target / jnp.where(size > 0, size, 1.0), 1e-12, 1.0)
-    dv, info = linear_solver(rtol)(jt, r_v)
+    dv, info = make_linear_solver(rtol)(jt, r_v)
     better = jnp.isfinite(norm(dv))
     solved = better & (info.num_steps > 0)
     amplification = jnp.where(solved, ratio(norm(dv), size), 0.0)

@@ -28,7 +28,7 @@ def certified(
     every: int = 1,
     solve_rtol: Scalar = 0.01,
     safety: Scalar = 1.25,
-    linear_solver: Callable[[Scalar], LinearSolver] = krylov,
+    make_linear_solver: Callable[[Scalar], LinearSolver] = krylov,
 ) -> Hypergradient:
     """The same hypergradient, with a `Certificate` in its state, renewed every `every` updates.
 
@@ -42,13 +42,14 @@ def certified(
         every: How often to certify; the first update always is.
         solve_rtol: As in `certify`.
         safety: As in `certify`.
-        linear_solver: As in `certify`.
+        make_linear_solver: As in `certify`.
 
     Returns:
         A `Hypergradient` with the same `init` and `update`; see `state.certificate`.
 
     Raises:
-        TypeError: `hypergrad` does not come from `hypergradient`, or `linear_solver` is no factory.
+        TypeError: `hypergrad` does not come from `hypergradient`, or `make_linear_solver` makes no
+            linear solver.
         ValueError: `every` is not a positive integer; an option of `certify` is not what it asks for.
 
     >>> import fixedgrad as fg
@@ -59,7 +60,7 @@ def certified(
     >>> float(state.certificate.relative_error) < 0.1
     True
     """
-    options = Options(solve_rtol, safety, linear_solver)
+    options = Options(solve_rtol, safety, make_linear_solver)
     return _with_certificate("certified", hypergrad, every, options, lambda grad, _: grad)
 
 
@@ -69,7 +70,7 @@ def polished(
     *,
     solve_rtol: Scalar = 0.01,
     safety: Scalar = 1.25,
-    linear_solver: Callable[[Scalar], LinearSolver] = krylov,
+    make_linear_solver: Callable[[Scalar], LinearSolver] = krylov,
 ) -> Hypergradient:
     """The corrected hypergradient g⁺ instead of ĝ, with its `Certificate` in the state.
 
@@ -82,13 +83,14 @@ def polished(
         hypergrad: The result of `hypergradient`.
         solve_rtol: As in `certify`.
         safety: As in `certify`.
-        linear_solver: As in `certify`.
+        make_linear_solver: As in `certify`.
 
     Returns:
         A `Hypergradient` with the same `init` and `update`.
 
     Raises:
-        TypeError: `hypergrad` does not come from `hypergradient`, or `linear_solver` is no factory.
+        TypeError: `hypergrad` does not come from `hypergradient`, or `make_linear_solver` makes no
+            linear solver.
         ValueError: `solve_rtol` is not in (0, 1), or `safety` is below 1.
 
     >>> import fixedgrad as fg
@@ -106,7 +108,7 @@ def polished(
         failed = ~jnp.isfinite(norm(grad))
         return tree.where(failed, grad, certificate.polished)
 
-    options = Options(solve_rtol, safety, linear_solver)
+    options = Options(solve_rtol, safety, make_linear_solver)
     return _with_certificate("polished", hypergrad, 1, options, choose)
 
 

@@ -30,7 +30,7 @@ class Options(NamedTuple):
 
     solve_rtol: Scalar
     safety: Scalar
-    linear_solver: Callable[[Scalar], LinearSolver]
+    make_linear_solver: Callable[[Scalar], LinearSolver]
 
 
 def certify(
@@ -44,7 +44,7 @@ def certify(
     kwargs: Mapping[str, PyTree] = NO_KWARGS,
     solve_rtol: Scalar = 0.01,
     safety: Scalar = 1.25,
-    linear_solver: Callable[[Scalar], LinearSolver] = krylov,
+    make_linear_solver: Callable[[Scalar], LinearSolver] = krylov,
     gradient: PyTree | None = None,
 ) -> Certificate:
     """How wrong is the hypergradient ĝ = ∇₂E + Bᵀv at (w, v), and what is a better one?
@@ -87,9 +87,9 @@ def certify(
             relative to what the first left. Looser ones cost less and miss more of the error where the
             system is ill-conditioned.
         safety: Factor on the estimate.
-        linear_solver: `linear_solver(rtol) -> LinearSolver` for J and Jᵀ; by default `gmres`, right for
-            any invertible A. `lambda rtol: cg(max_steps=1000, rtol=rtol)` takes less memory where J
-            is symmetric.
+        make_linear_solver: `make_linear_solver(rtol) -> LinearSolver` for J and Jᵀ; by default `gmres`,
+            right for any invertible A. `lambda rtol: cg(max_steps=1000, rtol=rtol)` takes less memory
+            where J is symmetric.
         gradient: An estimate that is not of the form ∇₂E + Bᵀv (`itd`); the error is then
             safety (‖gradient − g⁺‖ + remainder).
 
@@ -114,7 +114,7 @@ def certify(
         element methods, Acta Numerica 2001 (dual-weighted residuals); Ehrhardt, Roberts, Analyzing
         inexact hypergradients for bilevel learning, 2023 (a-posteriori bounds).
     """
-    options = Options(solve_rtol, safety, linear_solver)
+    options = Options(solve_rtol, safety, make_linear_solver)
     given = options._asdict() | {"gradient": gradient}
     data = check_kwargs(certify, {"phi": phi, "outer": outer}, 2 + len(args), kwargs, given)
     return certificate_of("certify", outer, phi, w, v, lam, args, data, gradient, options)
@@ -122,7 +122,7 @@ def certify(
 
 def check_options(where: str, o: Options) -> None:
     """Raises `TypeError` or `ValueError` unless the options are what `certify` asks for."""
-    check_factory(where, o.linear_solver)
+    check_factory(where, o.make_linear_solver)
     check_number(where, "solve_rtol", o.solve_rtol, lambda x: 0 < x < 1, "a number in (0, 1)")
     check_number(where, "safety", o.safety, lambda x: x >= 1, "a number >= 1")
 
@@ -141,22 +141,22 @@ def certificate_of(
 ) -> Certificate:
     """`certify` with its data in two arguments and its options in one: they cannot be confused."""
     check_options(where, options)
-    solve_rtol, safety, linear_solver = options
-    compute = compiled_at(where, _compute, (outer, phi, linear_solver), where)
+    solve_rtol, safety, make_linear_solver = options
+    compute = compiled_at(where, _compute, (outer, phi, make_linear_solver), where)
     return compute(w, lam, args, kwargs, v, gradient, solve_rtol, safety)
 
 
 def _compute(
     problem: Problem,
-    linear_solver: Callable[[Scalar], LinearSolver],
+    make_linear_solver: Callable[[Scalar], LinearSolver],
     where: str,
     v: PyTree | None,
     gradient: PyTree | None,
     solve_rtol: Scalar,
     safety: Scalar,
 ) -> Certificate:
-    v_x, given, extra = the_pair(where, problem, v, gradient, linear_solver(solve_rtol))
-    passes = refine(problem, problem.w, v_x, linear_solver, solve_rtol, _MAX_PASSES)
+    v_x, given, extra = the_pair(where, problem, v, gradient, make_linear_solver(solve_rtol))
+    passes = refine(problem, problem.w, v_x, make_linear_solver, solve_rtol, _MAX_PASSES)
     return assess(problem, passes, given, safety, extra)
 
 

@@ -18,10 +18,8 @@ from jax import lax
 
 from ..problem import Problem
 from ..real_form import (
-    COMPUTATION,
     LAST_DIGITS,
     VALUE,
-    inner,
     norm,
     nudged,
     random_signs,
@@ -29,11 +27,11 @@ from ..real_form import (
     resolution,
 )
 from ..types import Jacobian, LinearSolver, MatVec, Products, PyTree, Scalar, failed
+from .saddle import repelled
 
 tree = optax.tree
 
 _ROUGH = 0.3  # Tolerance of solves that have to get the size right.
-_PROBES = 20  # Products that look for a fixed point that Φ leaves.
 _UNSEEN = 2.0  # A gain that grows by more than this shows an error that was not seen before.
 
 
@@ -97,7 +95,7 @@ class Estimate(NamedTuple):
         solves: The `LooseSolves` of this pass.
         products: The `Products` that it cost.
         solved: Whether the loose solves succeeded.
-        repels: Whether steps of Φ lead away from the fixed point nearby: see `_repels`.
+        repels: Whether steps of Φ lead away from the fixed point nearby: see `repelled`.
     """
 
     gradient: PyTree
@@ -160,7 +158,7 @@ def dual_weighted(
     problem: Problem,
     w: PyTree,
     v: PyTree,
-    linear_solver: Callable[[Scalar], LinearSolver],
+    make_linear_solver: Callable[[Scalar], LinearSolver],
     rtol: Scalar,
     before: LooseSolves,
     split: bool | jax.Array = True,
@@ -172,7 +170,7 @@ def dual_weighted(
         problem: Φ and E.
         w: Where.
         v: Where.
-        linear_solver: From a relative tolerance to a solver.
+        make_linear_solver: From a relative tolerance to a solver.
         rtol: Tolerance of the solves, relative to ‖r_w‖ and to ‖r_v‖ + ‖h_w‖, or to what the solves
             before left, where that is less.
         before: What these have shown.
@@ -194,7 +192,7 @@ def dual_weighted(
     size_w = norm(r_w)
     rtol = jnp.asarray(rtol, size_w.dtype)
     rtol_w = rtol * jnp.minimum(1.0, ratio(before.residual_w, size_w))
-    e_w, of_w = linear_solver(rtol_w)(Jacobian.from_complement(lambda u: tangent(u)[0]), r_w)
+    e_w, of_w = make_linear_solver(rtol_w)(Jacobian.from_complement(lambda u: tangent(u)[0]), r_w)
     _, h_w, h_x, _ = tangent(e_w)
 
     # Of the two right-hand sides the second only serves to tell the parts apart: a rough solve.
@@ -209,7 +207,7 @@ def dual_weighted(
     def solve(row: tuple[PyTree, jax.Array, jax.Array]) -> tuple[PyTree, jax.Array, jax.Array]:
         b, rtol, whole = row
         relative = jnp.minimum(ratio(rtol * whole, norm(b)), 1.0)
-        x, info = linear_solver(relative)(of_phi.j, b)
+        x, info = make_linear_solver(relative)(of_phi.j, b)
         return x, info.num_steps, failed(info)
 
     solved, steps, lost = lax.map(solve, rows)
@@ -221,7 +219,7 @@ def dual_weighted(
     if from_h:
         of_h = tree.where(split, of_phi.b(from_h[0]), of_h)
     one = jnp.int32(1)
-    repels, probes = _repels(lambda u: tree.conj(of_phi.j(tree.conj(u))), e_w, probe)
+    repels, probes = repelled(lambda u: tree.conj(of_phi.j(tree.conj(u))), e_w, probe)
     # Φ is linearised once; ∇L, its tangent (J and the second derivative), and Bᵀ for each part.
     products = Products(
         one,
@@ -284,75 +282,11 @@ def _signed(w: PyTree) -> tuple[PyTree, jax.Array]:
     return jax.tree.map(lambda x, s: s * x, w, random_signs(w)), norm(w)
 
 
-def _repels(
-    jt: Callable[[PyTree], PyTree], e_w: PyTree, wanted: bool | jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Whether J is symmetric with an eigenvalue above 1, and the products that it took to see.
-
-    Lanczos's method on A = I − J from e_w and a random direction, which has a part in every
-    eigenvector. With T = LDLᵀ its tridiagonal matrix, a negative pivot in D shows a vector u with
-    ⟨u, Au⟩ < 0, as in the conjugate gradient method. J is symmetric where ⟨q₋, Aq⟩ = ⟨Aq₋, q⟩ for all
-    pairs of neighbours. Eigenvalues of J above 1 by less than about a hundredth of ‖A‖ may go unseen.
-    """
-    dtype = norm(e_w).dtype
-    eps = resolution(e_w)
-
-    def unit(u: PyTree) -> tuple[PyTree, jax.Array]:
-        size = norm(u)
-        scale = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1.0), 0.0)
-        return jax.tree.map(lambda x: scale.astype(x.dtype) * x, u), size
-
-    def step(s: _Lanczos) -> _Lanczos:
-        a_q = tree.sub(s.q, jt(s.q))
-        alpha, back = inner(s.q, a_q), inner(s.before, a_q)
-        first = s.products == 0
-        skew = jnp.where(first, 0.0, jnp.abs(back - s.beta))
-        rest = jax.tree.map(
-            lambda a, q, b: a - alpha.astype(a.dtype) * q - s.beta.astype(a.dtype) * b,
-            a_q,
-            s.q,
-            s.before,
-        )
-        scale = jnp.maximum(s.scale, norm(a_q))
-        pivot = alpha + COMPUTATION * eps * scale - jnp.where(first, 0.0, s.beta**2 / s.pivot)
-        following, beta = unit(rest)
-        spanned = beta <= eps**0.5 * scale  # An invariant subspace: there is no more to see.
-        symmetric = s.symmetric & (skew <= eps**0.5 * scale)
-        count = s.products + 1
-        negative = s.negative | (pivot < 0)
-        done = spanned | ~symmetric | (negative & (count > 2)) | (count >= _PROBES)
-        pivot = jnp.where(pivot == 0, jnp.finfo(dtype).tiny, pivot)
-        return _Lanczos(
-            following, s.q, beta, pivot, scale, count, negative, symmetric, done | ~(scale > 0)
-        )
-
-    # Of different lengths, so that they cannot cancel, as they might in one dimension.
-    start, _ = unit(tree.add_scale(unit(e_w)[0], 0.5, unit(random_signs(e_w))[0]))
-    zero, false = jnp.zeros((), dtype), jnp.asarray(False)
-    s = _Lanczos(start, start, zero, zero, zero, jnp.int32(0), false, ~false, ~jnp.asarray(wanted))
-    s = lax.while_loop(lambda s: ~s.done, step, s)
-    return s.symmetric & s.negative, s.products
-
-
-class _Lanczos(NamedTuple):
-    """The carry: two vectors, the off-diagonal and the pivot of T, ‖A‖ as observed, what is known."""
-
-    q: PyTree
-    before: PyTree
-    beta: jax.Array
-    pivot: jax.Array
-    scale: jax.Array
-    products: jax.Array
-    negative: jax.Array
-    symmetric: jax.Array
-    done: jax.Array
-
-
 def refine(
     problem: Problem,
     w: PyTree,
     v: PyTree,
-    linear_solver: Callable[[Scalar], LinearSolver],
+    make_linear_solver: Callable[[Scalar], LinearSolver],
     rtol: Scalar,
     max_passes: int,
 ) -> RefinedEstimate:
@@ -369,7 +303,7 @@ def refine(
         # where much was left: A is so ill-conditioned that loose solves miss it, or w is far.
         tol = jnp.asarray(rtol, norm(w).dtype)
         tol = jnp.stack([tol, jnp.sqrt(tol), tol**2])[jnp.minimum(i, 2)]
-        return dual_weighted(problem, w, v, linear_solver, tol, solves, i == 0, i == 1)
+        return dual_weighted(problem, w, v, make_linear_solver, tol, solves, i == 0, i == 1)
 
     def body(
         carry: tuple[jax.Array, Estimate, RefinedEstimate],

@@ -40,7 +40,7 @@ def newton_krylov(
     w: PyTree,
     tau: jax.Array,
     spent: Products,
-    linear_solver: Callable[[Scalar], LinearSolver],
+    make_linear_solver: Callable[[Scalar], LinearSolver],
     max_products: int | jax.Array,
     goal: jax.Array | float = 0.0,
 ) -> tuple[PyTree, jax.Array, jax.Array, Products]:
@@ -72,7 +72,7 @@ def newton_krylov(
         met |= settled
         # No more accurate than the goal asks for, nor than a Newton step can use; 1 for no step.
         forcing = jnp.clip(0.5 * target / size, 1e-4, LOOSE)
-        e, info = linear_solver(jnp.where(met | rejected, 1.0, forcing))(
+        e, info = make_linear_solver(jnp.where(met | rejected, 1.0, forcing))(
             Jacobian.from_complement(product), r
         )
         lost = ~met & (rejected | failed(info))

@@ -66,14 +66,14 @@ def krylov(rtol: Scalar) -> LinearSolver:
     return gmres(max_steps=1000, rtol=rtol, restart=50)
 
 
-def check_factory(where: str, linear_solver: object) -> None:
-    """Raises `TypeError` unless `linear_solver` makes a linear solver of a tolerance."""
-    name, signature = "linear_solver", "linear_solver(rtol) -> LinearSolver"
-    check_callable(where, name, linear_solver, signature)
+def check_factory(where: str, make: object) -> None:
+    """Raises `TypeError` unless `make_linear_solver` makes a linear solver of a tolerance."""
+    name, signature = "make_linear_solver", "make_linear_solver(rtol) -> LinearSolver"
+    check_callable(where, name, make, signature)
     try:
-        check_linear_solver(where, linear_solver(0.1))  # pyright: ignore[reportCallIssue]
+        check_linear_solver(where, make(0.1))  # pyright: ignore[reportCallIssue]
     except TypeError as error:
         raise TypeError(
-            f"`{name}` of `{where}` must be a function `{signature}`, got {show(linear_solver)}, of "
+            f"`{name}` of `{where}` must be a function `{signature}`, got {show(make)}, of "
             f"which {name}(0.1) is not one: {error} Write `lambda rtol: cg(max_steps=1000, rtol=rtol)`."
         ) from None

@@ -1,36 +1,29 @@
-"""The outer loop: hypergradient, optax optimiser and projection, in one jitted scan."""
+"""The loop itself: hypergradient, optax optimiser and projection, in one jitted scan."""
 
-import enum
 import functools
 import operator
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jax.core import Tracer
 
-from .compiled import Compiled
-from .errors import check_callable, check_count, check_number, check_same, hint, shapes_of, show
-from .hypergradient import Hypergradient, HypergradientState
-from .leaves import blank, check_arrays, is_weak, owned, partition, settled_lam, strongly_typed
-from .lower.adapters import check_optimizer
-from .printing import (
-    count,
-    member,
-    number,
+from ..compiled import Compiled
+from ..errors import check_callable, check_count, check_same, hint, shapes_of, show
+from ..hypergradient import Hypergradient
+from ..leaves import blank, check_arrays, is_weak, owned, partition, settled_lam, strongly_typed
+from ..lower.adapters import check_optimizer
+from ..printing import (
     printed,
-    record,
-    shapes_in,
-    tally,
-    values_of,
 )
-from .real_form import norm, steepest_ascent
-from .types import PyTree, Status, failed
+from ..real_form import norm, steepest_ascent
+from ..types import PyTree, failed
+from .records import BilevelInfo, BilevelState, StopReason
+from .stop_rules import OfInfoAlone, StopRule
 
 _ASKED = (
     "`bilevel` gives the optimiser gradients, its state, λ, and the `value` and `grad` at λ. One that "
@@ -39,143 +32,8 @@ _ASKED = (
 )
 
 
-class StopReason(enum.IntEnum):
-    """Why an outer loop ended. An array of it is int32; `StopReason(int(state.reason))` names it.
-
-    - `RUNNING`: It has not ended.
-    - `RULE`: The rule `stop` of `run` said so.
-    - `LOWER_FAILED`: The hypergradient is not finite, since the lower-level solve failed.
-    - `LINEAR_FAILED`: The hypergradient is not finite, since the linear solve failed.
-    - `NON_FINITE`: The hypergradient is not finite although no solve failed: E or a derivative is not.
-    - `OVERFLOW`: The step would have made λ infinite or NaN.
-    """
-
-    RUNNING = 0
-    RULE = 1
-    LOWER_FAILED = 2
-    LINEAR_FAILED = 3
-    NON_FINITE = 4
-    OVERFLOW = 5
-
-
 class LoopStoppedWarning(UserWarning):
     """`run` was given the state of a loop that has ended: no step was taken."""
-
-
-class BilevelState(NamedTuple):
-    """Everything the outer loop needs to go on: a pytree of arrays, for any checkpoint library.
-
-    Attributes:
-        lam: The outer variable λ.
-        hypergrad: The state of the hypergradient; its w, v, value and info are of the λ before `lam`,
-            or of `lam` where the last step failed.
-        optimizer: The state of the optax optimiser.
-        num_steps: Outer steps taken, int32.
-        reason: A `StopReason`, int32: why the loop ended; `RUNNING` where it has not.
-        memory: What the `StopRule` of `run` remembers; `()` without one.
-    """
-
-    lam: PyTree
-    hypergrad: HypergradientState
-    optimizer: PyTree
-    num_steps: jax.Array
-    reason: jax.Array
-    memory: PyTree = ()
-
-    @property
-    def stopped(self) -> jax.Array:
-        """Whether the loop has ended; `reason` says why."""
-        return jnp.asarray(self.reason) != int(StopReason.RUNNING)
-
-    def __repr__(self) -> str:
-        info = getattr(self.hypergrad, "info", ())
-        solves = [getattr(x, "status", 0) for x in info] if isinstance(info, tuple) else []
-        known = values_of(self.num_steps, self.reason, *solves)
-        if known is None:
-            return shapes_in(self)
-        num_steps, reason, *solves = known
-        lam = f"lam {shapes_of(self.lam)}"
-        if reason.ndim:
-            return record(self, tally("loop", (member(StopReason, r) for r in reason.ravel())), lam)
-        return record(self, count(num_steps, "step"), lam, *_ending(reason, solves))
-
-
-class BilevelInfo(NamedTuple):
-    """What one outer step shows; `run` stacks these to a history.
-
-    Attributes:
-        value: f = E(w, λ) at the λ before the step.
-        gradient_norm: ‖g(λ)‖, the norm of the hypergradient (before the projection).
-        lower_residual: ‖Φ(w) − w‖.
-        linear_residual: ‖∇₁E − (I − Jᵀ)v‖; infinite for an estimator without a linear system.
-        lower_steps: Steps of the lower-level solver.
-        linear_steps: Steps of the linear solver; 0 without one.
-        lower_status: The `Status` of the lower-level solve, int32.
-        linear_status: The `Status` of the linear solve, int32; `NOT_RUN` without one.
-        taken: Whether the step was taken: false for one that failed, and in rows after the end.
-        reason: A `StopReason`, int32: why the loop ended, with this step or before it.
-        metrics: What `metrics` of `run` gave; `()` without it.
-    """
-
-    value: jax.Array
-    gradient_norm: jax.Array
-    lower_residual: jax.Array
-    linear_residual: jax.Array
-    lower_steps: jax.Array
-    linear_steps: jax.Array
-    lower_status: jax.Array
-    linear_status: jax.Array
-    taken: jax.Array
-    reason: jax.Array
-    metrics: PyTree = ()
-
-    def __repr__(self) -> str:
-        known = values_of(*self[:-1])
-        if known is None:
-            return shapes_in(self)
-        rows: Any = BilevelInfo(*known)  # pyright: ignore[reportArgumentType]
-        if rows.value.ndim > 1:
-            last = rows.reason[..., -1].ravel()
-            return record(self, tally("loop", (member(StopReason, r) for r in last)))
-        value, taken, reason = (np.atleast_1d(x) for x in (rows.value, rows.taken, rows.reason))
-        shown = value[taken]
-        # The first row that has a reason is that of the step that ended the loop, if it is here.
-        end = int(np.argmax(reason > 0)) if np.any(reason > 0) else -1
-        solves = (np.atleast_1d(x)[end] for x in (rows.lower_status, rows.linear_status))
-        cells = [count(len(shown), "step")]
-        if len(shown):
-            cells.append(f"f {' -> '.join(number(x) for x in dict.fromkeys(shown[[0, -1]]))}")
-        return record(self, *cells, *_ending(reason[end], [*solves]))
-
-
-def _ending(reason: Any, solves: list[Any]) -> tuple[str, ...]:
-    """What ended a loop, in words; the stage that failed by its own status where that is known."""
-    if reason == StopReason.RUNNING:
-        return ()
-    failures = StopReason.LOWER_FAILED, StopReason.LINEAR_FAILED
-    for failure, stage, status in zip(failures, ("lower-level", "linear"), solves, strict=False):
-        if reason == failure and status:
-            return (f"ended: {member(Status, status)} in the {stage} solve",)
-    return (f"ended: {member(StopReason, reason)}",)
-
-
-class StopRule(NamedTuple):
-    """A rule for the end of the outer loop that remembers: a pair of pure functions.
-
-    What it remembers is carried in the state of the loop, from chunk to chunk and through checkpoints.
-
-    Attributes:
-        init: `init() -> memory`, a pytree of arrays.
-        update: `update(memory, info) -> (memory, stop)`: the `BilevelInfo` of a step, and a boolean.
-        name: How it prints: as the call that made it.
-    """
-
-    init: Callable[[], PyTree]
-    update: Callable[[PyTree, BilevelInfo], tuple[PyTree, jax.Array]]
-    name: str = "StopRule(...)"
-
-    def __repr__(self) -> str:
-        return self.name
 
 
 class Bilevel(NamedTuple):
@@ -372,7 +230,7 @@ def bilevel(
             memory, rule = strongly_typed(stop.init()), stop.update
         elif stop is not None:
             check_callable("run", "stop", stop, "stop(info) -> bool array")
-            rule = _Forgetful(stop)
+            rule = OfInfoAlone(stop)
         if shapes_of(state.memory) != shapes_of(memory):  # Another rule, or the first run.
             state = state._replace(memory=memory)
         # So that one program serves all runs of up to so many steps, of a power of two or the shortest.
@@ -381,59 +239,6 @@ def bilevel(
         return state, history if rows == num_steps else _first_rows(history, num_steps)
 
     return Bilevel(init, step, run)
-
-
-@printed
-def patience(*, num_steps: int, rtol: float = 0.0, atol: float = 0.0) -> StopRule:
-    """Ends the outer loop where f has not improved for `num_steps` steps.
-
-    An improvement is a value below the best so far by more than max(rtol · |best|, atol).
-
-    Cost: two numbers in the state of the loop.
-    When not to use it: where f is noisy (`batches`) and one lucky batch may set the best value.
-
-    Args:
-        num_steps: So many steps in a row without an improvement end the loop.
-        rtol: What counts as an improvement, relative to the best value.
-        atol: What counts as an improvement.
-
-    Returns:
-        A `StopRule`, for `stop` of a loop's `run`; the same one for the same numbers.
-
-    Raises:
-        ValueError: `num_steps` is not a positive integer, `rtol` not in [0, 1), `atol` negative.
-
-    >>> rule = patience(num_steps=2)
-    >>> memory, stops = rule.init(), []
-    >>> for value in (3.0, 2.0, 2.5, 2.0):
-    ...     memory, stop = rule.update(memory, BilevelInfo(value, *range(9)))
-    ...     stops.append(bool(stop))
-    >>> stops
-    [False, False, False, True]
-
-    References:
-        Prechelt, Early Stopping — But When?, in Neural Networks: Tricks of the Trade, 1998.
-    """
-    check_count("patience", "num_steps", num_steps)
-    check_number("patience", "rtol", rtol, lambda x: 0 <= x < 1, "a number in [0, 1)")
-    check_number("patience", "atol", atol, lambda x: 0 <= x < jnp.inf, "a finite number >= 0")
-    return _patience(int(num_steps), float(rtol), float(atol))
-
-
-@functools.lru_cache  # Of numbers alone: a rule made anew for each call does not compile anew.
-def _patience(num_steps: int, rtol: float, atol: float) -> StopRule:
-    def init() -> PyTree:
-        return jnp.asarray(jnp.inf, float), jnp.int32(0)
-
-    def update(memory: PyTree, info: BilevelInfo) -> tuple[PyTree, jax.Array]:
-        best, waited = memory
-        value = jnp.asarray(info.value, best.dtype)
-        scale = jnp.abs(jnp.where(jnp.isfinite(best), best, 0.0))
-        better = value < best - jnp.maximum(rtol * scale, atol)
-        waited = jnp.where(better, 0, waited + 1).astype(jnp.int32)
-        return (jnp.where(better, value, best), waited), waited >= num_steps
-
-    return StopRule(init, update)
 
 
 def _check_optimizer_state(optimizer: optax.GradientTransformation, state: BilevelState) -> None:
@@ -472,31 +277,6 @@ def _warn_if_ended(state: BilevelState) -> None:
         LoopStoppedWarning,
         stacklevel=3,
     )
-
-
-class _Forgetful(NamedTuple):
-    """A function `stop(info)` in the shape of `StopRule.update`; equal where the functions are."""
-
-    stop: Callable[[BilevelInfo], jax.Array]
-
-    def __call__(self, memory: PyTree, info: BilevelInfo) -> tuple[PyTree, jax.Array]:
-        with hint(jax.errors.UnexpectedTracerError, text=lambda: _TRACED_ONCE):
-            # Each time by another name, or JAX would remember the first trace.
-            traces = [str(jax.make_jaxpr(lambda x: self.stop(x))(info)) for _ in range(2)]
-            now = self.stop(info)
-        # A closure that counts calls, or keeps a best value, is not the same function the second time.
-        if traces[0] != traces[1] or isinstance(now, bool):
-            raise TypeError(
-                f"`stop` of `run` must compute its answer from `info` alone, got {show(self.stop)}, "
-                f"which does not. {_TRACED_ONCE}"
-            )
-        return memory, now
-
-
-_TRACED_ONCE = (
-    "`run` traces `stop`, as `jit` does: Python variables that it changes do not change from step to "
-    "step. Let it remember in the state: `patience(...)`, or a `StopRule(init, update)` of your own."
-)
 
 
 _ROWS = 64  # The shortest history that `run` compiles for.
