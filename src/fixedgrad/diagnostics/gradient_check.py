@@ -181,12 +181,12 @@ def check_gradient(
     valid = bool(certificate.valid)
     polished = certificate.polished
     size, gap = norm(polished), norm(difference(g, polished))
-    rounding = (
-        float(certificate.rounding) if valid else 0.0
-    )  # So much two right answers may differ.
+    # Two right answers may differ by so much.
+    rounding = float(certificate.rounding) if valid else 0.0
     length = norm(w)
-    eps, eps_lam = resolution((w, lam)), resolution(lam)
-    scale = max(length, norm(difference(w, w0)), COMPUTATION * resolution(w) * norm(lam))
+    x = partition(lam)[0]
+    eps, eps_x = resolution((w, x)), resolution(x)
+    scale = max(length, norm(difference(w, w0)), COMPUTATION * resolution(w) * norm(x))
     near = float(certificate.residual_w) <= _FAR * scale
     rtol = max(rtol, eps**0.5)
 
@@ -207,8 +207,8 @@ def check_gradient(
     settled = norm(difference(unrolled, halfway)) <= 0.1 * rtol * norm(unrolled) + rounding
     direction = _direction(polished if valid else g, random=not valid or not size > 0)
     along = inner(steepest_ascent(partition(g)[0]), direction)
-    whole = norm(lam)
-    step = eps_lam ** (1 / 3) * (whole if whole > 0 else 1.0)
+    whole = norm(x)
+    step = eps_x ** (1 / 3) * (whole if whole > 0 else 1.0)
     values = compiled_for(functions, where, _values)
     nothing = ""
 

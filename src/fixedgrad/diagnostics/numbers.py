@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..leaves import is_inexact
+from ..leaves import partition
 from ..types import PyTree
 
 
@@ -33,7 +33,7 @@ def difference(a: PyTree, b: PyTree) -> PyTree:
 
 
 def _leaves(a: PyTree) -> list[np.ndarray]:
-    return [_wide(x) for x in jax.tree.leaves(a) if is_inexact(x)]
+    return [_wide(x) for x in jax.tree.leaves(partition(a)[0])]
 
 
 def _wide(x: Any) -> np.ndarray:

@@ -14,11 +14,11 @@ import jax
 from ..certificate.options import NO_KWARGS, check_kwargs, krylov
 from ..errors import check_callable, check_count, check_number, check_same
 from ..estimators import aid, itd
-from ..leaves import check_concrete, strongly_typed
+from ..leaves import check_concrete, partition, strongly_typed
 from ..linear import bicgstab, cg, dense, fp, gmres, normal_cg
 from ..lower import solve_with_info
 from ..problem import Problem, compiled_at
-from ..real_form import COMPUTATION
+from ..real_form import COMPUTATION, resolution
 from ..types import (
     Estimator,
     LinearSolver,
@@ -321,7 +321,8 @@ def _tried(
     reference, info = compute(_hypergradient, w, 1e-3 * rtol, options=(make, _MAX_STEPS))
     left -= int(info.num_steps)
     # What may be missed: of the tolerance, and of rounding.
-    enough = rtol * norm(reference) + COMPUTATION * spectrum.eps * norm(w)
+    eps = resolution((w, partition(compute.lam)[0]))
+    enough = rtol * norm(reference) + COMPUTATION * eps * norm(w)
     candidates = list(_candidates(spectrum))
     found: list[Alternative] = []
     succeeded = set()
