@@ -552,3 +552,37 @@ def test_the_families_of_the_experiment_are_covered():
     assert 0.8 <= row["ratio"][2] <= 1.6
     assert row["ratio"][3] <= 3
     assert row["polished"][0] <= 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("of_w", "of_lam"), [(jnp.float64, jnp.float32), (jnp.float32, jnp.float64)]
+)
+def test_w_and_lam_may_be_of_different_precision(of_w, of_lam):
+    def phi(w, lam):
+        return 0.5 * jnp.cos(w) + lam.astype(w.dtype)
+
+    def outer(w, lam):
+        del lam
+        return jnp.sum(w**2)
+
+    lam = np.array([0.1, 0.2])
+    w = np.zeros(2)
+    for _ in range(100):
+        w = 0.5 * np.cos(w) + lam
+    exact = 2 * w / (1 + 0.5 * np.sin(w))
+    lam, near = jnp.asarray(lam, of_lam), jnp.asarray(w + 1e-3, of_w)
+    bounds = fg.bounds.contraction_constants(
+        q=0.5, D=2.0, L_E=4.0, L_Phi=1.0, nu1=0.5, nu2=0.0, eta1=2.0, eta2=0.0
+    )
+    estimate = fg.certify(outer, phi, near, None, lam)
+    proved = fg.certify_proved(outer, phi, near, None, lam, constants=bounds)
+    for certificate in (estimate, proved):
+        assert certificate.valid
+        assert np.linalg.norm(np.asarray(certificate.gradient) - exact) <= certificate.error
+        assert certificate.polished.dtype == of_lam
+    np.testing.assert_allclose(estimate.polished, exact, rtol=1e-5)
+    adaptive = fg.adaptive_hypergradient(outer, phi, rtol=1e-3)
+    grad, _ = adaptive.update(adaptive.init(0 * near, lam), lam)
+    assert grad.dtype == of_lam
+    np.testing.assert_allclose(grad, exact, rtol=1e-3)

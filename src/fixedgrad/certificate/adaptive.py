@@ -33,7 +33,7 @@ from ..lower import solve_with_info
 from ..mapped_axes import placed_like
 from ..printing import by_name, printed
 from ..problem import Problem
-from ..real_form import norm, ratio
+from ..real_form import ratio, real_dtype
 from ..types import (
     LinearSolver,
     OnFailure,
@@ -146,7 +146,7 @@ def adaptive_hypergradient(
     check_on_failure(where, on_failure)
 
     def first_round(problem: Problem, w: PyTree, v: PyTree) -> _Round:
-        tau = jnp.zeros_like(norm(w))
+        tau = jnp.zeros_like(problem.norm(w))
         solves = no_solves(tau)
 
         def like() -> Certificate:
@@ -167,6 +167,7 @@ def adaptive_hypergradient(
         return _Round(w, v, tau, tau, solves, certificate, spent, zero, false, false, false)
 
     def one_round(problem: Problem, s: _Round) -> _Round:
+        norm = problem.norm
         dtype = norm(s.w).dtype
         # At first to relative residuals of half the tolerance: where A is well conditioned this is
         # enough, and one round will do.
@@ -239,7 +240,7 @@ def adaptive_hypergradient(
         w, _ = solve_with_info(solver, w0, lam, *args, **kwargs)
         check_same(where, w, w0, "`solver(w, ...)`", "`w0`")
         problem = Problem.at(where, outer, phi, strongly_typed(w), lam, args, kwargs)
-        finite = jnp.isfinite(norm(problem.w))
+        finite = jnp.isfinite(problem.norm(problem.w))
         s = first_round(problem, tree.where(finite, problem.w, partition(w0)[0]), partition(v0)[0])
         s = lax.while_loop(unfinished, lambda s: one_round(problem, s), s)
 
@@ -311,10 +312,11 @@ def _bring_down(
     """
     _, r_v, _, b = problem.gradients(w, v)
     jt = problem.equation.vjp(w, problem.x).j
+    norm = problem.norm
     size = norm(r_v)
     target = jnp.maximum(tau, goal * norm(b))
     rtol = jnp.clip(target / jnp.where(size > 0, size, 1.0), 1e-12, 1.0)
-    dv, info = make_linear_solver(rtol)(jt, r_v)
+    dv, info = make_linear_solver(rtol.astype(real_dtype(w)))(jt, r_v)
     better = jnp.isfinite(norm(dv))
     solved = better & (info.num_steps > 0)
     amplification = jnp.where(solved, ratio(norm(dv), size), 0.0)

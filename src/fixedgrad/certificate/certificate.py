@@ -101,7 +101,7 @@ class Certificate(NamedTuple):
 
 def relative(error: jax.Array, gradient: PyTree) -> jax.Array:
     """The error relative to the gradient's size; infinite where only that is 0."""
-    size = norm(gradient)
+    size = norm(gradient).astype(error.dtype)
     of_nothing = jnp.where(error > 0, jnp.inf, error)  # 0 of 0 is 0, and NaN stays NaN.
     return jnp.where(size == 0, of_nothing, error / jnp.where(size == 0, 1.0, size))
 

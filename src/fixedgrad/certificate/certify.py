@@ -14,7 +14,6 @@ import optax
 
 from ..errors import check_number
 from ..problem import Problem, compiled_at
-from ..real_form import norm
 from ..types import LinearSolver, Outer, Phi, PyTree, Scalar
 from .certificate import Certificate, CertificateStatus, relative, status_of, the_pair
 from .dual_weighted import RefinedEstimate, refine
@@ -170,6 +169,7 @@ def assess(
     """The certificate that follows from passes."""
     p = s.first
     gradient = p.gradient if given is None else given
+    norm = problem.norm
     whole = norm(tree.sub(p.gradient, s.end))
     distance = norm(tree.sub(gradient, s.end))
     safety = jnp.asarray(safety, whole.dtype)

@@ -24,6 +24,7 @@ from ..real_form import (
     nudged,
     random_signs,
     ratio,
+    real_dtype,
     resolution,
 )
 from ..types import Jacobian, LinearSolver, MatVec, Products, PyTree, Scalar, failed
@@ -118,8 +119,9 @@ class Estimate(NamedTuple):
     @property
     def rounding(self) -> jax.Array:
         """The part of the error that may be rounding: of the residuals, amplified, and of ĝ."""
-        amplified = ratio(norm(self.lower) * self.noise_w, self.r_w)
-        return amplified + ratio(norm(self.linear) * self.noise_v, self.right) + self.noise
+        lower, linear = (norm(x).astype(self.r_w.dtype) for x in (self.lower, self.linear))
+        amplified = ratio(lower * self.noise_w, self.r_w)
+        return amplified + ratio(linear * self.noise_v, self.right) + self.noise
 
 
 class RefinedEstimate(NamedTuple):
@@ -178,6 +180,7 @@ def dual_weighted(
             proportion to their right-hand sides.
         probe: Whether to look for a direction that steps of Φ lead away along.
     """
+    norm, dtype = problem.norm, real_dtype(w)
     # ∇L in one linearisation: its tangent gives A = I − J and h, its transpose is not needed.
     (r_w, r_v, g, b), tangent = jax.linearize(lambda u: problem.gradients(u, v), w)
     of_phi = problem.equation.vjp(w, problem.x)
@@ -185,14 +188,16 @@ def dual_weighted(
     noise_w, size_a = _noise(problem, w, r_w, lambda u: tangent(u)[0])
     # A residual below the noise says nothing, zero least of all: noise of that size takes its place.
     at_floor = norm(r_w) <= 2 * noise_w
-    direction, length = _signed(w)
-    share = ratio(noise_w, 4 * length)
+    direction = jax.tree.map(lambda x, s: s * x, w, random_signs(w))
+    share = ratio(noise_w, 4 * norm(w))
     random = jax.tree.map(lambda x: share.astype(x.dtype) * x, direction)
     r_w = tree.where(norm(r_w) <= noise_w, tree.add(r_w, random), r_w)
     size_w = norm(r_w)
     rtol = jnp.asarray(rtol, size_w.dtype)
     rtol_w = rtol * jnp.minimum(1.0, ratio(before.residual_w, size_w))
-    e_w, of_w = make_linear_solver(rtol_w)(Jacobian.from_complement(lambda u: tangent(u)[0]), r_w)
+    e_w, of_w = make_linear_solver(rtol_w.astype(dtype))(
+        Jacobian.from_complement(lambda u: tangent(u)[0]), r_w
+    )
     _, h_w, h_x, _ = tangent(e_w)
 
     # Of the two right-hand sides the second only serves to tell the parts apart: a rough solve.
@@ -207,7 +212,7 @@ def dual_weighted(
     def solve(row: tuple[PyTree, jax.Array, jax.Array]) -> tuple[PyTree, jax.Array, jax.Array]:
         b, rtol, whole = row
         relative = jnp.minimum(ratio(rtol * whole, norm(b)), 1.0)
-        x, info = make_linear_solver(relative)(of_phi.j, b)
+        x, info = make_linear_solver(relative.astype(dtype))(of_phi.j, b)
         return x, info.num_steps, failed(info)
 
     solved, steps, lost = lax.map(solve, rows)
@@ -265,7 +270,7 @@ def _noise(
     the rounding of its terms, which are not known. So its rounding is observed: with δ the last digits
     of w, F(w + δ) − F(w) − A δ is rounding, to second order. The rounding of w itself enters F as A δ.
     """
-    eps = resolution(w)
+    norm, eps = problem.norm, resolution(w)
     if not problem.equation.by_residual:
         return VALUE * eps * (norm(w) + norm(tree.sub(w, r_w))), jnp.ones_like(norm(w))
     moved = nudged(w)
@@ -275,11 +280,6 @@ def _noise(
     observed = norm(tree.sub(tree.sub(there, r_w), change))
     size_a = jnp.minimum(VALUE * ratio(norm(change), norm(delta)), 1.0)
     return VALUE * (observed + norm(change) / LAST_DIGITS + eps * norm(r_w)), size_a
-
-
-def _signed(w: PyTree) -> tuple[PyTree, jax.Array]:
-    """The entries of w with random signs, and their norm."""
-    return jax.tree.map(lambda x, s: s * x, w, random_signs(w)), norm(w)
 
 
 def refine(
@@ -297,6 +297,7 @@ def refine(
     curvature or by a kink. This is Newton's method with Deuflhard's test, the size of the next
     correction, in the norm of the hypergradient; `LooseSolves` tells when that size cannot be trusted.
     """
+    norm = problem.norm
 
     def run(i: jax.Array, w: PyTree, v: PyTree, solves: LooseSolves) -> Estimate:
         # The second pass only has to show what the first left: a looser solve will do. There is a third
@@ -369,6 +370,7 @@ def estimate_once(problem: Problem, p: Estimate, before: LooseSolves) -> Refined
 
     One evaluation at (w⁺, v⁺) stands in place of a second pass.
     """
+    norm = problem.norm
     r_w, r_v, end, _ = problem.gradients(p.w, p.v)
     correction = tree.add(p.lower, p.linear)
     r_w = norm(r_w)

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from ..problem import Problem
-from ..real_form import LAST_DIGITS, norm, ratio, resolution
+from ..real_form import LAST_DIGITS, ratio, real_dtype, resolution
 from ..types import Jacobian, LinearSolver, Products, PyTree, Scalar, SolveInfo, failed
 
 tree = optax.tree
@@ -55,6 +55,7 @@ def newton_krylov(
         w, the largest amplification ‖e‖/‖r‖ by the solves, the residual that the last one left (see
         `LooseSolves`), and what was spent in all.
     """
+    norm, dtype = problem.norm, real_dtype(w)
     floor = LAST_DIGITS * resolution(w)
 
     def unfinished(s: _Newton) -> jax.Array:
@@ -72,9 +73,8 @@ def newton_krylov(
         met |= settled
         # No more accurate than the goal asks for, nor than a Newton step can use; 1 for no step.
         forcing = jnp.clip(0.5 * target / size, 1e-4, LOOSE)
-        e, info = make_linear_solver(jnp.where(met | rejected, 1.0, forcing))(
-            Jacobian.from_complement(product), r
-        )
+        wanted = jnp.where(met | rejected, 1.0, forcing).astype(dtype)
+        e, info = make_linear_solver(wanted)(Jacobian.from_complement(product), r)
         lost = ~met & (rejected | failed(info))
         effort = products_of(info)
         many = jnp.maximum(jnp.where(rejected, s.effort, effort), _PLAIN_STEPS)

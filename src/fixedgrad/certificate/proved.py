@@ -10,7 +10,7 @@ from jax import lax
 from ..bounds import Constants
 from ..errors import show
 from ..problem import Problem, compiled_at
-from ..real_form import EVALUATION, norm, resolution
+from ..real_form import EVALUATION, resolution
 from ..types import Outer, Phi, Products, PyTree
 from .certificate import Certificate, CertificateStatus, relative, status_of, the_pair
 from .options import NO_KWARGS, check_kwargs, krylov
@@ -110,6 +110,7 @@ def _bound(
     image = tree.sub(w, r_w)
     at, j = problem.equation.vjp(w, x), problem.equation.jvp(w, x).j
     eps = EVALUATION * resolution(w)
+    norm = problem.norm
     dtype = norm(w).dtype
     mu, q, nu1, nu2, eta1, eta2, big_l = (
         jnp.asarray(value, dtype) for value in (c.mu, c.q, c.nu1, c.nu2, c.eta1, c.eta2, c.L_Phi)
@@ -134,7 +135,8 @@ def _bound(
 
     def stretch(_: jax.Array, u: PyTree) -> PyTree:
         u = at.j(j(u))
-        return tree.scale(1 / jnp.maximum(norm(u), jnp.finfo(dtype).tiny), u)
+        scale = 1 / jnp.maximum(norm(u), jnp.finfo(dtype).tiny)
+        return jax.tree.map(lambda x: scale.astype(x.dtype) * x, u)
 
     u = lax.fori_loop(0, 8, stretch, tree.add(tree.add(r_w, v), b))
     ju = j(u)

@@ -185,7 +185,7 @@ def check_gradient(
     rounding = float(certificate.rounding) if valid else 0.0
     length = norm(w)
     x = partition(lam)[0]
-    eps, eps_x = resolution((w, x)), resolution(x)
+    eps = resolution((w, x))
     scale = max(length, norm(difference(w, w0)), COMPUTATION * resolution(w) * norm(x))
     near = float(certificate.residual_w) <= _FAR * scale
     rtol = max(rtol, eps**0.5)
@@ -208,7 +208,7 @@ def check_gradient(
     direction = _direction(polished if valid else g, random=not valid or not size > 0)
     along = inner(steepest_ascent(partition(g)[0]), direction)
     whole = norm(x)
-    step = eps_x ** (1 / 3) * (whole if whole > 0 else 1.0)
+    step = eps ** (1 / 3) * (whole if whole > 0 else 1.0)
     values = compiled_for(functions, where, _values)
     nothing = ""
 

@@ -33,18 +33,24 @@ class Solved(NamedTuple):
 def solve_lower(problem: Problem, rtol: Scalar, max_products: int | jax.Array = 20_000) -> Solved:
     """The fixed point by Newton–Krylov, to `rtol` ‖Φ(w)‖ or to the floor."""
     nothing = Products(*(jnp.int32(0) for _ in range(3)))
-    tau = jnp.asarray(rtol) * norm(problem.equation.phi(problem.w, problem.x))
+    rtol = _as_norm(problem, rtol)
+    tau = rtol * problem.norm(problem.equation.phi(problem.w, problem.x))
     w, _, _, spent = newton_krylov(problem, problem.w, tau, nothing, krylov, max_products)
     return judge_lower(problem._replace(w=w), rtol)._replace(products=jnp.asarray(sum(spent)))
 
 
 def judge_lower(problem: Problem, rtol: Scalar) -> Solved:
     """Whether ‖Φ(w) − w‖ is at most `rtol` ‖Φ(w)‖, or at the floor; no products."""
+    rtol = _as_norm(problem, rtol)
     image = problem.equation.phi(problem.w, problem.x)
-    size = norm(tree.sub(problem.w, image))
-    floor = COMPUTATION * resolution(problem.w) * norm(image)
-    solved = jnp.isfinite(size) & (size <= jnp.maximum(rtol * norm(image), floor))
+    size = problem.norm(tree.sub(problem.w, image))
+    floor = COMPUTATION * resolution(problem.w) * problem.norm(image)
+    solved = jnp.isfinite(size) & (size <= jnp.maximum(rtol * problem.norm(image), floor))
     return Solved(problem.join_w(problem.w), size, ~solved, jnp.int32(0))
+
+
+def _as_norm(problem: Problem, number: Scalar) -> jax.Array:
+    return jnp.asarray(number, problem.norm(problem.w).dtype)
 
 
 class Spectrum(NamedTuple):
