@@ -149,8 +149,11 @@ def write_results(
 def as_json(record: Mapping[str, Any]) -> str:
     """JSON to be read by people as well: an array of numbers or strings stands on one line."""
     text = json.dumps(_plain(record), indent=1, ensure_ascii=False, allow_nan=False)
-    flat = re.sub(r"\[\n[^][{}]*\]", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), text)
-    return flat.replace("[ ", "[").replace(" ]", "]") + "\n"
+
+    def on_one_line(match: re.Match[str]) -> str:  # No string of JSON's holds a line break.
+        return "[" + re.sub(r"\s*\n\s*", " ", match[1]).strip() + "]"
+
+    return re.sub(r"\[(\n[^][{}]*)\]", on_one_line, text) + "\n"
 
 
 @contextmanager

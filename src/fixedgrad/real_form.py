@@ -21,6 +21,7 @@ from .types import PyTree
 
 # How many units of the resolution stand for rounding: every multiple of eps in this library.
 NEGLIGIBLE = 1 / 8  # Of a start: a residual that more steps do not change.
+DIFFERENCE = 2  # What of a difference of two rounded values is rounding, relative to one of them.
 VALUE = 4  # What of a value that is computed from a few others is rounding.
 EVALUATION = 8  # What of Φ(w) is rounding, generously.
 LAST_DIGITS = 16  # By so much an entry is moved, to see what its rounding does.

@@ -117,6 +117,14 @@ def status_where(
     return jnp.where(condition, jnp.asarray(then, jnp.int32), jnp.asarray(otherwise, jnp.int32))
 
 
+def status_of(fine: enum.IntEnum, *tests: tuple[jax.Array, enum.IntEnum]) -> jax.Array:
+    """`fine`, or the status beside the last test that does not hold, as int32."""
+    status = jnp.int32(fine)
+    for holds, otherwise in tests:
+        status = jnp.where(holds, status, jnp.int32(otherwise))
+    return status
+
+
 class SolveInfo(NamedTuple):
     """What a solve says of itself; a pytree of arrays, readable under `jit` and `vmap`.
 

@@ -21,7 +21,7 @@ from ..printing import (
     printed,
 )
 from ..real_form import norm, steepest_ascent
-from ..types import PyTree, failed
+from ..types import PyTree, failed, status_of
 from .records import BilevelInfo, BilevelState, StopReason
 from .stop_rules import OfInfoAlone, StopRule
 
@@ -172,14 +172,13 @@ def bilevel(
             lam = projected
         lower, linear = hyper.info
         stays = _stays_finite(state.lam, lam)
-        reason = jnp.int32(StopReason.RUNNING)
-        for holds, otherwise in (
+        reason = status_of(
+            StopReason.RUNNING,
             (stays, StopReason.OVERFLOW),
             (finite, StopReason.NON_FINITE),
             (finite | (linear is None or ~failed(linear)), StopReason.LINEAR_FAILED),
             (finite | ~failed(lower), StopReason.LOWER_FAILED),
-        ):
-            reason = jnp.where(holds, reason, jnp.int32(otherwise))
+        )
         taken = finite & stays
         lam, optimizer_state = optax.tree.where(
             taken, (lam, optimizer_state), (state.lam, state.optimizer)

@@ -106,14 +106,6 @@ def relative(error: jax.Array, gradient: PyTree) -> jax.Array:
     return jnp.where(size == 0, of_nothing, error / jnp.where(size == 0, 1.0, size))
 
 
-def status_of(*tests: tuple[jax.Array, CertificateStatus]) -> jax.Array:
-    """The status beside the last test that does not hold, else `VALID`."""
-    status = jnp.int32(CertificateStatus.VALID)
-    for holds, otherwise in tests:
-        status = jnp.where(holds, status, jnp.int32(otherwise))
-    return status
-
-
 def the_pair(
     where: str,
     problem: Problem,

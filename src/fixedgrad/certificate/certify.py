@@ -14,8 +14,8 @@ import optax
 
 from ..errors import check_number
 from ..problem import Problem, compiled_at
-from ..types import LinearSolver, Outer, Phi, PyTree, Scalar
-from .certificate import Certificate, CertificateStatus, relative, status_of, the_pair
+from ..types import LinearSolver, Outer, Phi, PyTree, Scalar, status_of
+from .certificate import Certificate, CertificateStatus, relative, the_pair
 from .dual_weighted import RefinedEstimate, refine
 from .options import NO_KWARGS, check_factory, check_kwargs, krylov
 
@@ -179,6 +179,7 @@ def assess(
 
     unexplained = jnp.maximum(s.change - whole, s.rest)
     status = status_of(
+        CertificateStatus.VALID,
         (~s.missed, CertificateStatus.REMAINDER),
         (unexplained <= 0.5 * whole + p.rounding, CertificateStatus.REMAINDER),
         (s.reduction_v <= 0.5, CertificateStatus.KINK),

@@ -11,8 +11,8 @@ from ..bounds import Constants
 from ..errors import show
 from ..problem import Problem, compiled_at
 from ..real_form import EVALUATION, resolution
-from ..types import Outer, Phi, Products, PyTree
-from .certificate import Certificate, CertificateStatus, relative, status_of, the_pair
+from ..types import Outer, Phi, Products, PyTree, status_of
+from .certificate import Certificate, CertificateStatus, relative, the_pair
 from .options import NO_KWARGS, check_kwargs, krylov
 
 tree = optax.tree
@@ -160,6 +160,7 @@ def _bound(
         & (norm(tree.sub(tree.sub(g2, bt_v2), tree.sub(g, bt_v))) <= eta2 * moved * slack + noise)
     )
     status = status_of(
+        CertificateStatus.VALID,
         (holds, CertificateStatus.CONSTANT_CONTRADICTED),
         (jnp.isfinite(error), CertificateStatus.NON_FINITE),
     )

@@ -19,7 +19,7 @@ from ..errors import check_callable, check_same
 from ..estimators import truncated_itd
 from ..leaves import check_arrays, check_concrete, fresh, partition, split_lam, strongly_typed
 from ..problem import Problem
-from ..real_form import COMPUTATION, resolution, steepest_ascent
+from ..real_form import COMPUTATION, DIFFERENCE, resolution, steepest_ascent
 from ..types import Outer, Phi, PyTree
 from .numbers import difference, inner, norm
 from .spectrum import solve_lower
@@ -229,7 +229,7 @@ def check_gradient(
         bends.append(abs(plus - 2 * here + minus) / h)  # O(h), but for a kink within h.
     spread = abs(found[0] - found[1])
     size_along = max(abs(along), *map(abs, found))
-    noise = 2 * eps * abs(here) / (_SMALLER * step)  # E itself is rounded.
+    noise = DIFFERENCE * eps * abs(here) / (_SMALLER * step)  # E itself is rounded.
     if not nothing and not spread <= 0.5 * rtol * size_along + noise:
         nothing = (
             f"steps of {step:.1e} and {_SMALLER * step:.1e} give {found[0]:.3g}, {found[1]:.3g}"

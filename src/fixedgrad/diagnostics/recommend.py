@@ -47,7 +47,8 @@ class Alternative(NamedTuple):
         estimator: The estimator, ready to use.
         usable: Whether it reached the tolerance without a breakdown (`itd`: whether ρ(J) < 1).
         products: Products with J or Jᵀ that it took (`itd`: predicted from ρ(J)).
-        seconds: The least time of some compiled runs on this machine; NaN for `itd`.
+        seconds: The least time of some compiled runs on this machine; NaN where not
+            usable, and for `itd`.
         memory: Memory in units of w.
         why: The reason for or against it, one clause.
     """
@@ -144,7 +145,7 @@ def recommend(
     recommended.
 
     Cost: some hundreds of products as a rule, and at most `max_products` and seven hundred for the
-    spectrum, and some runs of each method; it compiles, the first time. Not under `jit`.
+    spectrum, and some runs of each method that succeeds; it compiles, the first time. Not under `jit`.
     Memory: that of `gmres`, and of `dense` for d ≤ 2048.
 
     Args:
@@ -375,7 +376,7 @@ def _try(
         solver = c.make(max_steps=_MAX_STEPS, rtol=tightened)
     missed = Status(int(info.status)).name if lost else "does not get the gradient right"
     why = c.why if usable else missed
-    seconds = _least_time(lambda: solve(tightened))
+    seconds = _least_time(lambda: solve(tightened)) if usable else math.nan
     return Alternative(name, aid(solver), usable, products, seconds, c.memory, why), spent
 
 
