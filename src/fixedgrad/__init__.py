@@ -60,6 +60,7 @@ from .lower import CheckedSolver as CheckedSolver
 from .lower import anderson as anderson
 from .lower import from_host as from_host
 from .lower import from_optax as from_optax
+from .lower import newton as newton
 from .lower import picard as picard
 from .lower import with_tolerance as with_tolerance
 from .maps import Momentum as Momentum
@@ -136,6 +137,7 @@ __all__ = [
     "hypergradient",
     "itd",
     "nesterov",
+    "newton",
     "normal_cg",
     "optimal_heavy_ball",
     "optimal_step_size",

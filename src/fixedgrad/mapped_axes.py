@@ -106,6 +106,18 @@ def steady(step: Callable[[Any], Any], carry: Any) -> tuple[Callable[[Any], Any]
     return typed, treedef.unflatten(leaves)
 
 
+def run_if(needed: jax.Array, function: Callable[[], PyTree], otherwise: PyTree) -> PyTree:
+    """`function()` where it is needed, else `otherwise`: a loop of at most one step.
+
+    A `lax.cond` asks in a `shard_map` for the same types of both, which only the function knows.
+    """
+
+    def step(carry: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
+        return jnp.zeros_like(carry[0]), function()
+
+    return lax.while_loop(lambda carry: carry[0], *steady(step, (needed, otherwise)))[1]
+
+
 def _varying(x: Any, axes: frozenset[str]) -> jax.Array:
     # Sorted, so that all processes of a distributed program compile the same.
     return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x

@@ -44,6 +44,32 @@ class Equation(NamedTuple):
     by_residual: bool
     jaxpr: Any
 
+    @classmethod
+    def of(
+        cls,
+        where: str,
+        phi: Phi,
+        w: PyTree,
+        x: PyTree,
+        call: Callable[[PyTree], tuple[tuple[PyTree, ...], dict[str, PyTree]]],
+        name: str = "`w`",
+    ) -> "Equation":
+        """The equation of a w like this one; `call` makes of x what Φ gets beside w, args and kwargs.
+
+        Raises:
+            TypeError: Φ(w) is not like w.
+        """
+        w_x, w_rest, join_w = partition(w)
+        function, by_residual = precise(where, phi)
+
+        def on_leaves(w_x: PyTree, x: PyTree) -> PyTree:
+            args, kwargs = call(x)
+            return function(join_w(w_x, w_rest), *args, **kwargs)
+
+        at, image, jaxpr = traced_once(on_leaves, w_x, x)
+        check_same(where, image, w, "`phi(w, ...)`", name)
+        return cls(lambda w_x, x: partition(at(w_x, x))[0], by_residual, jaxpr)
+
     def phi(self, w: PyTree, x: PyTree) -> PyTree:
         """Φ(w, x)."""
         value = self.function(w, x)
@@ -147,14 +173,15 @@ class Problem(NamedTuple):
         x, join_lam, join_gradient = split_lam(where, lam)
         w_x, w_rest, join_w = partition(w)
 
-        def on_leaves(function: Callable[..., PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
-            return lambda w_x, x: function(join_w(w_x, w_rest), join_lam(x), *args, **kwargs)
+        def call(x: PyTree) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
+            return (join_lam(x), *args), kwargs
 
-        function, by_residual = precise(where, phi)
-        at, image, jaxpr = traced_once(on_leaves(function), w_x, x)
-        check_same(where, image, w, "`phi(w, ...)`", name)
-        equation = Equation(lambda w_x, x: partition(at(w_x, x))[0], by_residual, jaxpr)
-        value, shape, _ = traced_once(on_leaves(outer), w_x, x)
+        def on_leaves(w_x: PyTree, x: PyTree) -> PyTree:
+            args, kwargs = call(x)
+            return outer(join_w(w_x, w_rest), *args, **kwargs)
+
+        equation = Equation.of(where, phi, w, x, call, name)
+        value, shape, _ = traced_once(on_leaves, w_x, x)
         check_scalar(where, shape)
         return cls(equation, value, w_x, x, lambda w_x: join_w(w_x, w_rest), join_gradient)
 

@@ -30,6 +30,7 @@ from ..leaves import (
     zeros_like_inexact,
 )
 from ..lower import solve_with_info
+from ..lower.newton import LOOSE, products_of
 from ..mapped_axes import placed_like
 from ..printing import by_name, printed
 from ..problem import Problem
@@ -51,7 +52,7 @@ from ..types import (
 from .certificate import Certificate
 from .certify import assess
 from .dual_weighted import LooseSolves, dual_weighted, estimate_once, no_solves
-from .newton import LOOSE, newton_krylov, products_of
+from .newton import solve_for_w
 from .options import check_factory, krylov
 
 tree = optax.tree
@@ -173,14 +174,15 @@ def adaptive_hypergradient(
         # enough, and one round will do.
         goal = jnp.asarray(rtol, dtype)
         goal = jnp.where(s.rounds == 0, 0.5 * jnp.where(goal > 0, goal, LOOSE), 0.0)
-        w, amplification_w, residual_w, spent = newton_krylov(
+        lower = solve_for_w(
             problem, s.w, s.tau_w, s.products, make_linear_solver, max_products, goal
         )
+        w = lower.w
         v, amplification_v, residual_v, spent = _bring_down(
-            problem, w, s.v, s.tau_v, spent, make_linear_solver, goal
+            problem, w, s.v, s.tau_v, lower.spent, make_linear_solver, goal
         )
         solves = s.solves.then(
-            LooseSolves(amplification_w, amplification_v, residual_w, residual_v)
+            LooseSolves(lower.amplification, amplification_v, lower.left, residual_v)
         )
         p = dual_weighted(problem, w, v, make_linear_solver, LOOSE, solves, split=False)
         c = estimate_once(problem, p, solves)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..certificate.newton import newton_krylov
+from ..certificate.newton import solve_for_w
 from ..certificate.options import krylov
 from ..problem import Problem
 from ..real_form import COMPUTATION, norm, of_symmetry, ratio, realified, resolution
@@ -35,8 +35,9 @@ def solve_lower(problem: Problem, rtol: Scalar, max_products: int | jax.Array = 
     nothing = Products(*(jnp.int32(0) for _ in range(3)))
     rtol = _as_norm(problem, rtol)
     tau = rtol * problem.norm(problem.equation.phi(problem.w, problem.x))
-    w, _, _, spent = newton_krylov(problem, problem.w, tau, nothing, krylov, max_products)
-    return judge_lower(problem._replace(w=w), rtol)._replace(products=jnp.asarray(sum(spent)))
+    done = solve_for_w(problem, problem.w, tau, nothing, krylov, max_products)
+    judged = judge_lower(problem._replace(w=done.w), rtol)
+    return judged._replace(products=jnp.asarray(sum(done.spent)))
 
 
 def judge_lower(problem: Problem, rtol: Scalar) -> Solved:

@@ -13,9 +13,11 @@ from ..printing import printed
 from ..real_form import NEGLIGIBLE, of_product
 from ..types import LinearSolver, PyTree, Scalar, Status, is_failure, status_where
 from .system import Correction, System, corrected, linear_solver, tree
+from .tunable import tunable
 
 
 @printed
+@tunable
 def cg(
     *,
     num_steps: int | None = None,
@@ -113,6 +115,7 @@ def cg(
 
 
 @printed
+@tunable
 def normal_cg(
     *,
     num_steps: int | None = None,

@@ -9,9 +9,11 @@ from ..mapped_axes import steady
 from ..printing import printed
 from ..types import LinearSolver, PyTree, Scalar, SolveInfo, Status
 from .system import System, linear_solver, tree
+from .tunable import tunable
 
 
 @printed
+@tunable
 def fp(
     *,
     num_steps: int | None = None,

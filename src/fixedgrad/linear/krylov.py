@@ -13,9 +13,11 @@ from ..printing import printed
 from ..real_form import NEGLIGIBLE, VALUE
 from ..types import LinearSolver, PyTree, Scalar, Status, is_failure, status_where
 from .system import Correction, System, corrected, linear_solver, tree
+from .tunable import tunable
 
 
 @printed
+@tunable
 def gmres(
     *,
     num_steps: int | None = None,
@@ -94,6 +96,7 @@ def gmres(
 
 
 @printed
+@tunable
 def bicgstab(
     *,
     num_steps: int | None = None,

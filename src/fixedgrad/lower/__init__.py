@@ -10,6 +10,7 @@ from .adapters import from_host as from_host
 from .adapters import from_optax as from_optax
 from .adapters import with_tolerance as with_tolerance
 from .anderson import anderson as anderson
+from .newton import newton as newton
 from .picard import picard as picard
 from .solver import CheckedSolver as CheckedSolver
 from .solver import exact_steps_info as exact_steps_info

@@ -1,0 +1,315 @@
+"""Newton's method for w = Φ(w, λ), matrix-free or by a matrix: `newton`.
+
+With F(w) = w − Φ(w) and A = ∂₁F = I − J a step is w ← w − e, A e ≈ F(w), solved as loosely as it can
+use.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from ..compiled import Compiled
+from ..errors import check_callable, check_count
+from ..estimators import check_linear_solver
+from ..failure import check_on_failure
+from ..iteration import Measured, stopping, verdict
+from ..leaves import partition, started, stopped_by_residual
+from ..linear import gmres
+from ..linear.tunable import loosened
+from ..mapped_axes import run_if, steady
+from ..printing import printed
+from ..problem import Equation
+from ..real_form import ratio, real_dtype
+from ..types import (
+    Jacobian,
+    LinearSolver,
+    OnFailure,
+    Phi,
+    Products,
+    PyTree,
+    Scalar,
+    SolveInfo,
+    Status,
+    failed,
+    solve_info,
+    status_where,
+)
+from .solver import CheckedSolver, Lower
+
+tree = optax.tree
+
+_PLAIN_STEPS = 10  # Steps of Φ, at least, where a Newton step does not bring the residual down.
+_HALVINGS = 4  # Shorter steps that are tried before these.
+LOOSE = 0.1  # Tolerance of the solves in an estimate, and of a Newton step far from the goal.
+_SOLVER = gmres(max_steps=1000, restart=50)
+
+
+@printed
+def newton(
+    phi: Phi,
+    *,
+    max_steps: int,
+    rtol: Scalar = 0.0,
+    atol: Scalar = 0.0,
+    linear_solver: LinearSolver = _SOLVER,
+    on_failure: OnFailure = "nan",
+) -> CheckedSolver:
+    """Newton's method for F(w) = w − Φ(w, λ) = 0, safeguarded.
+
+        w ← w − e,    (I − J) e = w − Φ(w),    J = ∂₁Φ(w, λ).
+
+    A linear solver with a tolerance is asked for no more than the step can use (forcing terms): a
+    relative residual of 0.1 far from the solution, of what is left to do near it; never less than its
+    own `rtol`. `dense()` makes it the classical method, for few unknowns. Where a step does not
+    shrink ‖F‖, shorter ones are tried, and then steps of Φ itself, as many as the linear solve took
+    products. Φ need not be a contraction.
+
+    Assumed, not checked: Φ is continuously differentiable, I − J invertible on the way. Where there are
+    several fixed points, Newton's method comes to any of them, saddle points and maxima of a loss too.
+
+    Cost: one Φ and one linear solve with J a step. Memory: 4 w and the linear solver's.
+    Not where Φ has kinks, nor for a q so small that a few steps of `picard` do.
+
+    Args:
+        phi: `phi(w, *args, **kwargs) -> w`; the steps are taken in the inexact leaves of w.
+        max_steps: At most that many steps: linear solves, shorter steps and blocks of steps of Φ.
+        rtol: Relative tolerance on the residual, as in `picard`.
+        atol: Absolute tolerance on the residual.
+        linear_solver: For (I − J) e = F(w): `cg` where J is symmetric, `dense()`, or any other one.
+        on_failure: "nan", "warn", "raise" or "ignore", for direct calls that miss the tolerance.
+
+    Returns:
+        A solver, `solver(w0, *args, **kwargs) -> w`, with `solver.with_info`.
+
+    Raises:
+        TypeError: `phi` is not callable, `linear_solver` not a linear solver; when called, Φ(w₀) does
+            not look like `w0`; where JAX differentiates the steps, as `itd` asks for.
+        ValueError: `max_steps` is not a positive integer, or bad numbers.
+
+    >>> solver = newton(lambda w, lam: w - (w**2 - lam), max_steps=20, rtol=1e-12)
+    >>> w, info = solver.with_info(1.0, 2.0)
+    >>> round(float(w), 12), bool(info.converged)
+    (1.414213562373, True)
+
+    References:
+        Eisenstat, Walker, Choosing the Forcing Terms in an Inexact Newton Method, 1996; Knoll, Keyes,
+        Jacobian-free Newton–Krylov methods, 2004.
+    """
+    check_callable("newton", "phi", phi, "phi(w, *args) -> w")
+    check_count("newton", "max_steps", max_steps)
+    check_linear_solver("newton", linear_solver)
+    check_on_failure("newton", on_failure)
+    stop = stopping("newton", None, max_steps, rtol, atol)
+
+    @Compiled
+    def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
+        w0 = started("newton", phi, w0, args, kwargs)
+        equation = Equation.of("newton", phi, w0, (), lambda _: (args, kwargs), "`w0`")
+        w_x, w_rest, join = partition(w0)
+        lower = Lower(lambda w: equation.phi(w, ()), w_x, equation.space(w_x))
+        if not jax.tree.leaves(w_x):  # Nothing to solve.
+            return w0, lower.exact_steps(0, w_x)
+
+        def judge(w: PyTree, image: PyTree) -> Measured:
+            return lower.measured(stop, w, image)
+
+        s = newton_krylov(
+            equation,
+            (),
+            w_x,
+            judge,
+            lambda rtol: loosened(linear_solver, rtol),
+            lambda s: s.num_steps < stop.max_steps,
+            _HALVINGS,
+        )
+        # The last point that was proposed has not been looked at, where the steps have run out.
+        reached = lambda: judge(s.w, lower.phi(s.w))  # noqa: E731
+        measured = run_if(~s.met, reached, s.measured)
+        info = verdict(s.num_steps, measured, s.start)
+        at_floor = s.settled & ~measured.met & jnp.isfinite(measured.norm)
+        status = status_where(at_floor, Status.AT_FLOOR, info.status)
+        info = solve_info(info.num_steps, info.residual, status, info.tolerance)
+        return stopped_by_residual("newton", join(s.w, w_rest)), info
+
+    return CheckedSolver(solve, on_failure, phi)
+
+
+class Newton(NamedTuple):
+    """Where Newton's method stands: a proposed point, and the last accepted one.
+
+    Attributes:
+        w: The proposed point; the result where `met`.
+        before: The last accepted point.
+        measured: The residual of `before`.
+        start: The norm of the first residual.
+        e: The step from `before`.
+        trial: How many halves of e led to w, and one; 0 for a point that is accepted as it is.
+        met: Whether the end is reached.
+        settled: Whether that is since the residual may be rounding, and shrinks no more.
+        amplification: The largest ‖e‖/‖r‖ of the solves.
+        left: The residual norm that the last of them left.
+        effort: The products of the last of them.
+        num_steps: Points proposed so far.
+        spent: In all.
+    """
+
+    w: PyTree
+    before: PyTree
+    measured: Measured
+    start: jax.Array
+    e: PyTree
+    trial: jax.Array
+    met: jax.Array
+    settled: jax.Array
+    amplification: jax.Array
+    left: jax.Array
+    effort: jax.Array
+    num_steps: jax.Array
+    spent: Products
+
+
+def newton_krylov(
+    equation: Equation,
+    x: PyTree,
+    w: PyTree,
+    judge: Callable[[PyTree, PyTree], Measured],
+    make_linear_solver: Callable[[Scalar], LinearSolver],
+    affordable: Callable[[Newton], jax.Array],
+    halvings: int = 0,
+    spent: Products | None = None,
+) -> Newton:
+    """Brings w − Φ(w) to what `judge` asks for: Newton steps with forcing terms.
+
+    Each step linearises Φ once, at the point that the last one proposed. Where that point has not
+    brought the residual down, half of the step is tried, up to `halvings` times. Then plain steps of Φ
+    from the point before take its place: as many as the failed step took products, so that where
+    Newton's method gets nowhere, as on the plateaus of a network, half of the work at least is Φ's;
+    ten only, where they lead away.
+
+    A linear solve that missed its tolerance is a step all the same where it brought its residual down.
+
+    Args:
+        equation: w = Φ(w, x).
+        x: What Φ depends on beside w.
+        w: The start.
+        judge: The residual of w against its tolerance, from w and Φ(w).
+        make_linear_solver: Of a relative tolerance.
+        affordable: Whether another step may be taken.
+        halvings: Of a step that did not bring the residual down.
+        spent: What was spent before.
+    """
+    space = equation.space(w)
+    first = jax.tree.map(
+        lambda s: (
+            jnp.full(s.shape, jnp.inf, s.dtype)
+            if jnp.issubdtype(s.dtype, jnp.floating)
+            else jnp.zeros(s.shape, s.dtype)
+        ),
+        jax.eval_shape(judge, w, w),
+    )
+    dtype = first.norm.dtype  # Which holds more than w, where λ has more.
+
+    def size_of(u: PyTree) -> jax.Array:
+        return space.size_of(u).astype(dtype)
+
+    nothing = Products(*(jnp.int32(0) for _ in range(3)))
+
+    def unfinished(s: Newton) -> jax.Array:
+        return ~s.met & affordable(s)
+
+    def step(s: Newton) -> Newton:
+        r, product = jax.linearize(lambda u: equation.residual(u, x), s.w)
+        now = judge(s.w, tree.sub(s.w, r))
+        theta = 0.5 ** (s.trial - 1).astype(dtype)
+        # A relative tolerance grows with w: far away it is met by a residual that has grown.
+        shrunk = jnp.any(now.sizes <= (1 - 0.3 * theta) * s.measured.sizes)
+        shrunk &= now.norm <= s.measured.norm + s.measured.floor
+        good = (s.trial == 0) | shrunk
+        done = good & (now.met | ~jnp.isfinite(now.norm))
+        # Where the residual may be rounding, a step that does not bring it down is the last one.
+        settled = ~good & (s.measured.norm <= s.measured.floor)
+        again = ~good & ~settled & (s.trial <= halvings)
+        # No more accurate than the goal asks for, nor than a Newton step can use.
+        forcing = jnp.clip(0.5 * ratio(now.tolerance, now.norm), 1e-4, LOOSE)
+        wanted = forcing.astype(real_dtype(w))
+        solve = lambda: make_linear_solver(wanted)(Jacobian.from_complement(product), r)  # noqa: E731
+        idle = tree.zeros_like(r), solve_info(0, jnp.zeros_like(now.norm), 0)
+        idle = jax.tree.map(lambda x, s: x.astype(s.dtype), idle, jax.eval_shape(solve))
+        needed = good & ~done
+        e, info = run_if(needed, solve, idle)
+        missed = failed(info)
+        residual = info.residual.astype(dtype)
+        useless = ~jnp.isfinite(size_of(e)) | (missed & ~(residual < 0.9 * now.norm))
+        lost = (~good & ~settled & ~again) | (needed & useless)
+        effort = products_of(info)
+        many = jnp.maximum(jnp.where(good, effort, s.effort), _PLAIN_STEPS)
+
+        point = tree.where(good, s.w, s.before)
+        share = jnp.where(again, theta / 2, 0.0)
+        move = tree.where(needed, e, jax.tree.map(lambda x: share.astype(x.dtype) * x, s.e))
+        start = tree.where(lost | done | settled, point, tree.sub(point, move))
+
+        def plain(carry: tuple[jax.Array, PyTree, jax.Array, jax.Array]):
+            i, u, first, _ = carry
+            image = equation.phi(u, x)
+            size = size_of(tree.sub(u, image))
+            return i + 1, image, jnp.where(i == 0, size, first), size
+
+        def onward(carry: tuple[jax.Array, PyTree, jax.Array, jax.Array]) -> jax.Array:
+            i, _, first, size = carry
+            return lost & (i < many) & ((i < _PLAIN_STEPS) | (size <= first))
+
+        i, proposed, _, _ = lax.while_loop(
+            onward, *steady(plain, (jnp.int32(0), start, now.norm, now.norm))
+        )
+        solved = needed & ~lost
+        left = jnp.where(missed, residual, forcing * now.norm)
+        trial = jnp.where(again, s.trial + 1, jnp.where(solved, 1, 0))
+        taken = ~(done | settled)
+        return Newton(
+            proposed,
+            point,
+            jax.tree.map(lambda a, b: jnp.where(good, a, b), now, s.measured),
+            jnp.where(s.num_steps == 0, now.norm, s.start),
+            tree.where(needed, e, s.e),
+            trial,
+            done | settled,
+            settled,
+            jnp.where(
+                solved,
+                jnp.maximum(s.amplification, ratio(size_of(e), now.norm)),
+                s.amplification,
+            ),
+            jnp.where(solved, left, s.left),
+            jnp.where(needed, effort, s.effort),
+            jnp.where(taken, s.num_steps + 1, s.num_steps),
+            s.spent._replace(phi=s.spent.phi + 1 + i, j=s.spent.j + effort),
+        )
+
+    zero = jnp.zeros_like(first.norm)
+    false, none = jnp.asarray(False), jnp.int32(0)
+    s = Newton(
+        w,
+        w,
+        first,
+        zero + jnp.inf,
+        tree.zeros_like(w),
+        none,
+        false,
+        false,
+        zero,
+        zero + jnp.inf,
+        none,
+        none,
+        spent or nothing,
+    )
+    return lax.while_loop(unfinished, *steady(step, s))
+
+
+def products_of(info: SolveInfo) -> jax.Array:
+    """The products of a linear solve: one a step, and one for the true residual."""
+    return info.num_steps + jnp.minimum(info.num_steps, 1)
