@@ -575,6 +575,18 @@ BAD_INPUTS = (
         ("`max_size`=2", "3 by 3 matrix", "use `cg`"),
     ),
     BadInput(
+        "phi of another shape for newton",
+        lambda: fg.newton(lambda w, lam: w[:1], max_steps=3)(W, LAM),
+        TypeError,
+        ("`newton`", "`phi(w, ...)`: float64[1]", "`w0`: float64[3]"),
+    ),
+    BadInput(
+        "a linear solver that was not called, for newton",
+        lambda: fg.newton(phi, max_steps=3, linear_solver=fg.cg),  # pyright: ignore
+        TypeError,
+        ("`linear_solver` of `newton`", "Call a factory"),
+    ),
+    BadInput(
         "phi of another shape for picard",
         lambda: fg.picard(lambda w, lam: w[:1], num_steps=3)(W, LAM),
         TypeError,
@@ -603,6 +615,12 @@ BAD_INPUTS = (
         lambda: _gradient(fg.from_host(lambda w0, lam: 2 * lam), estimator=fg.itd()),
         TypeError,
         ("`from_host`", "`itd()` differentiates the solver", "`fixed_point(phi, aid(...))`"),
+    ),
+    BadInput(
+        "a host function that asks at another shape",
+        lambda: fg.from_host(lambda call, w0, lam: call(w0[:2]), calling=phi)(W, LAM),
+        jax.errors.JaxRuntimeError,
+        ("`w` of `call(w)`: float64[2]", "`w0`: float64[3]"),
     ),
     BadInput(
         "an optimiser that was not called",

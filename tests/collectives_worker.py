@@ -3,6 +3,7 @@
 It prints a line of JSON for each case. A wrong one may wait for ever, and takes only this process down.
 """
 
+import functools
 import json
 
 import jax
@@ -21,6 +22,14 @@ LINEAR = {
     "normal_cg": (fg.normal_cg, 9),
     "gmres": (fg.gmres, 6),
     "bicgstab": (fg.bicgstab, 6),
+}
+
+LOWER = {
+    "fp": fg.picard,
+    "cg": functools.partial(fg.newton, linear_solver=fg.cg(max_steps=9)),
+    "normal_cg": fg.broyden,
+    "gmres": fg.anderson,
+    "bicgstab": fg.newton,
 }
 
 
@@ -78,7 +87,7 @@ def cases():
             tolerant = "max_steps" in rule
             lower = {"max_steps": 200, "rtol": 1e-13} if tolerant else {"num_steps": 60}
             phi = gathering if tolerant else scattering
-            solver = (fg.anderson if name == "gmres" else fg.picard)(phi, **lower)
+            solver = (LOWER[name] if tolerant else fg.picard)(phi, **lower)
             local = objective(fg.fixed_point(phi, fg.aid(make(**rule)))(solver))
             kind = "tolerance" if tolerant else "exact"
             yield f"{name} {kind} shard_map", sharded(local)

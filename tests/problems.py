@@ -1,6 +1,6 @@
-"""The tables behind the tests: `PROBLEMS`, `LINEAR_SOLVERS`, `ESTIMATORS`.
+"""The tables behind the tests: `PROBLEMS`, `LOWER_SOLVERS`, `LINEAR_SOLVERS`, `ESTIMATORS`.
 
-A new problem, linear solver or estimator joins every test by one row.
+A new problem, solver or estimator joins every test by one row.
 """
 
 import functools
@@ -69,6 +69,17 @@ class LinearRow(NamedTuple):
     symmetric_only: bool = False
     accuracy: float = 0.0
     everywhere: bool = False
+
+
+class LowerRow(NamedTuple):
+    """A lower-level solver with a tolerance, `make(phi, max_steps=, rtol=, atol=)`.
+
+    `steps` says that it needs no more than that many on any of these problems.
+    """
+
+    name: str
+    make: Callable[..., fg.CheckedSolver]
+    steps: int
 
 
 class EstimatorRow(NamedTuple):
@@ -324,6 +335,21 @@ LINEAR_SOLVERS = (
     LinearRow("lineax", fg.from_lineax(lineax.BiCGStab(1e-10, 1e-10)), accuracy=1e-7),
 )
 LINEAR = {row.name: row for row in LINEAR_SOLVERS}
+
+LOWER_SOLVERS = (
+    LowerRow("picard", fg.picard, 60),
+    LowerRow("anderson", fg.anderson, 30),
+    LowerRow("anderson window", functools.partial(fg.anderson, window=2, regularisation=1e-8), 30),
+    LowerRow("broyden", fg.broyden, 30),
+    LowerRow("broyden window", functools.partial(fg.broyden, window=2), 40),
+    LowerRow("newton", fg.newton, 8),
+    LowerRow("newton dense", functools.partial(fg.newton, linear_solver=fg.dense()), 8),
+    LowerRow(
+        "newton bicgstab",
+        functools.partial(fg.newton, linear_solver=fg.bicgstab(max_steps=40, rtol=1e-3)),
+        12,
+    ),
+)
 
 ESTIMATORS = (
     EstimatorRow("itd", fg.itd(), everywhere=True, rule=True),

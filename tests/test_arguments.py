@@ -67,6 +67,8 @@ IN_FLOAT32 = {
         {"w": w0}, 1.0
     )["w"],
     "anderson": lambda w0: fg.anderson(_in_float32, max_steps=9, rtol=1e-6)(w0, 1.0),
+    "broyden": lambda w0: fg.broyden(_in_float32, max_steps=9, rtol=1e-6)(w0, 1.0),
+    "newton": lambda w0: fg.newton(_in_float32, max_steps=9, rtol=1e-6)(w0, 1.0),
     "from_optax": lambda w0: fg.from_optax(
         lambda w, lam: jnp.sum((w - jnp.float32(2.0) * lam) ** 2), optax.sgd(0.25), num_steps=30
     )(w0, 1.0),
@@ -319,9 +321,11 @@ def _overwriting(w: dict, lam: dict) -> dict:
         lambda phi: fg.picard(phi, max_steps=900, rtol=1e-12),
         lambda phi: fg.picard(phi, num_steps=400),
         lambda phi: fg.anderson(phi, max_steps=20, rtol=1e-12),
+        lambda phi: fg.broyden(phi, max_steps=20, rtol=1e-12),
+        lambda phi: fg.newton(phi, max_steps=20, rtol=1e-12),
         lambda phi: fg.picard(fg.damped(phi, damping=0.5), max_steps=900, rtol=1e-12),
     ],
-    ids=["picard", "exact", "anderson", "damped"],
+    ids=["picard", "exact", "anderson", "broyden", "newton", "damped"],
 )
 def test_a_map_that_overwrites_its_arguments_is_the_map_that_does_not(make: Any) -> None:
     solver, w0 = make(_overwriting), {"a": jnp.zeros(())}

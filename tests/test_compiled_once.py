@@ -122,6 +122,8 @@ CALLS = {
     "picard": solver(lambda phi: fg.picard(phi, max_steps=90, rtol=1e-9)),
     "picard, exact steps": solver(lambda phi: fg.picard(phi, num_steps=9)),
     "anderson": solver(lambda phi: fg.anderson(phi, max_steps=90, rtol=1e-9)),
+    "broyden": solver(lambda phi: fg.broyden(phi, max_steps=90, rtol=1e-9)),
+    "newton": solver(lambda phi: fg.newton(phi, max_steps=90, rtol=1e-9)),
     "decorated": decorated,
     "step": outer_loop("step"),
     "run": outer_loop("run"),

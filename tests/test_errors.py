@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import lineax
 import numpy as np
 import optax
+import optimistix
 import pytest
 
 import fixedgrad as fg
@@ -163,9 +164,14 @@ NOT_CALLABLE = {
     ("damped", "phi"): lambda: fg.damped(3, damping=0.5),
     ("picard", "phi"): lambda: fg.picard(3, num_steps=2),
     ("anderson", "phi"): lambda: fg.anderson(3, num_steps=2),
+    ("broyden", "phi"): lambda: fg.broyden(3, max_steps=2),
+    ("newton", "phi"): lambda: fg.newton(3, max_steps=2),
+    ("newton", "linear_solver"): lambda: fg.newton(half, max_steps=2, linear_solver=3),
     ("with_tolerance", "solver"): lambda: fg.with_tolerance(3, half),
     ("with_tolerance", "phi"): lambda: fg.with_tolerance(half, 3),
     ("from_host", "function"): lambda: fg.from_host(3),
+    ("from_host", "calling"): lambda: fg.from_host(half, calling=3),
+    ("from_optimistix", "function"): lambda: fg.from_optimistix(3, None, max_steps=2),
     ("from_optax", "loss"): lambda: fg.from_optax(3, optax.sgd(0.1), num_steps=2),
     ("aid", "linear_solver"): lambda: fg.aid(3),
     ("fixed_point", "phi"): lambda: fg.fixed_point(3, AID),
@@ -541,6 +547,12 @@ OTHER_ROWS = [
         r"\(float64\[2\], float64\[\]\), kwargs = \{'c': float64\[\]\}: `phi` gets what the "
         "solver gets",
         lambda: decorated(half, lambda w0, *_, **__: w0)(ONES, ONES, 1.0, c=2.0),
+    ),
+    Row(
+        "from_optimistix with a factory",
+        TypeError,
+        "`solver` of `from_optimistix` must be a solver of optimistix, got .*; make one, as in ",
+        lambda: fg.from_optimistix(half, optimistix.Newton, max_steps=2),
     ),
     Row(
         "from_optax with a factory",

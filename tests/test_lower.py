@@ -1,16 +1,20 @@
 """Lower-level solvers: stopping, verdicts, acceleration, and adapters for code that is not ours."""
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimistix
 import pytest
 import scipy.optimize
+from jax.flatten_util import ravel_pytree
 
 import fixedgrad as fg
 from fixedgrad import Status
-from problems import PROBLEM, PROBLEMS, assert_close, like, matrix, named, single
+from fixedgrad.linear.tunable import loosened
+from problems import LOWER_SOLVERS, PROBLEM, PROBLEMS, assert_close, like, matrix, named, single
 
 EPS = float(jnp.finfo(jnp.float64).eps)
 ROOT = PROBLEM["square root"]
@@ -23,6 +27,14 @@ def affine(w, lam):
 
 
 FIXED = np.linalg.solve(np.eye(4) - A, LAM)
+
+
+# One row of each method; its other settings are for accuracy.
+EVERY_SOLVER = pytest.mark.parametrize(
+    "make",
+    [row.make for row in LOWER_SOLVERS if " " not in row.name],
+    ids=[row.name for row in LOWER_SOLVERS if " " not in row.name],
+)
 
 
 def distance(phi, w, *args) -> float:
@@ -79,14 +91,14 @@ def test_picard_stops_at_the_first_iterate_that_meets_the_tolerance():
     assert_close(w, iterates[-1], 1e-12)
 
 
-@pytest.mark.parametrize("make", [fg.picard, fg.anderson])
+@EVERY_SOLVER
 def test_start_at_the_fixed_point_needs_no_steps_to_speak_of(make):
     w, info = make(affine, max_steps=100, rtol=1e-8).with_info(jnp.asarray(FIXED), LAM)
     assert int(info.num_steps) <= 1
     assert_close(w, FIXED, 8 * EPS)
 
 
-@pytest.mark.parametrize("make", [fg.picard, fg.anderson])
+@EVERY_SOLVER
 @pytest.mark.parametrize(
     ("slope", "settings", "status"),
     [
@@ -126,7 +138,7 @@ def test_picard_on_an_expansion_says_diverged():
     assert int(info.num_steps) == 30
 
 
-@pytest.mark.parametrize("make", [fg.picard, fg.anderson])
+@EVERY_SOLVER
 def test_nan_in_the_map_ends_the_loop_at_once(make):
     solver = make(lambda w: jnp.where(w > 1.0, jnp.nan, w + 1.0), max_steps=100, rtol=1e-6)
     _, info = solver.with_info(jnp.asarray(0.5))
@@ -176,6 +188,43 @@ def test_tolerances_may_be_traced():
     assert 0 < int(steps(1e-2)) < int(steps(1e-6)) < 200
 
 
+# Every solver on every problem.
+
+
+@pytest.mark.slow(but=("*pytree-*", "nonlinear-newton", "complex-non-holomorphic-broyden"))
+@pytest.mark.parametrize("row", LOWER_SOLVERS, ids=named)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=named)
+def test_every_solver_finds_the_fixed_point_of_every_problem(problem, row):
+    for at, rtol in ((problem, 1e-6), (single(problem), 1e-4)):
+        solver = row.make(at.phi, max_steps=100, rtol=rtol)
+        w, info = jax.jit(solver.with_info)(at.w0, at.lam)
+        chex.assert_trees_all_equal_shapes_and_dtypes(w, at.w0)
+        assert bool(info.converged)
+        assert int(info.num_steps) <= row.steps
+        assert_close(w, at.solution(at.lam), 10 * rtol)
+
+
+@pytest.mark.slow(but=("newton", "broyden"))
+@pytest.mark.parametrize("row", LOWER_SOLVERS, ids=named)
+def test_every_solver_has_every_derivative_under_the_decorator(row):
+    problem = PROBLEM["nonlinear"]
+    solver = row.make(problem.phi, max_steps=100, rtol=1e-12)
+    solve = fg.fixed_point(problem.phi, fg.forward(fg.aid(fg.dense())))(solver)
+
+    def f(lam, w0=problem.w0):
+        return problem.outer(solve(w0, lam), lam)
+
+    assert_close(jax.grad(f)(problem.lam), problem.gradient(), 1e-9)
+    batch = jnp.stack([problem.lam, 0.5 * problem.lam])
+    want = jnp.stack([problem.gradient(lam) for lam in batch])
+    assert_close(jax.jit(jax.vmap(jax.grad(f)))(batch), want, 1e-9)
+    exact = jax.jacfwd(jax.grad(lambda lam: problem.outer(problem.solution(lam), lam)))
+    assert_close(jax.hessian(f)(problem.lam), exact(problem.lam), 1e-8)
+    unrolled = fg.fixed_point(problem.phi, fg.itd())(solver)
+    with pytest.raises(TypeError, match="with `max_steps` ends by the residual of w"):
+        jax.grad(lambda lam: problem.outer(unrolled(problem.w0, lam), lam))(problem.lam)
+
+
 # Anderson.
 
 SLOW = matrix(51, 1.0, 8, 8, symmetric=True)
@@ -210,16 +259,6 @@ def test_anderson_is_exact_on_an_affine_map_once_the_window_spans_the_space():
 def test_anderson_with_a_window_of_one_is_picard():
     mixed = fg.anderson(affine, num_steps=9, window=1)(jnp.ones(4), LAM)
     assert_close(mixed, fg.picard(affine, num_steps=9)(jnp.ones(4), LAM), 1e-13)
-
-
-@pytest.mark.slow(but=("pytree", "complex-non-holomorphic"))
-@pytest.mark.parametrize("problem", PROBLEMS, ids=named)
-def test_anderson_finds_the_fixed_point_of_every_problem(problem):
-    solver = fg.anderson(problem.phi, max_steps=100, rtol=1e-6)
-    w, info = jax.jit(solver.with_info)(problem.w0, problem.lam)
-    chex.assert_trees_all_equal_shapes_and_dtypes(w, problem.w0)
-    assert bool(info.converged)
-    assert_close(w, problem.solution(problem.lam), 1e-5)
 
 
 @pytest.mark.parametrize("num_steps", [1, 5, 20, 60])
@@ -274,14 +313,118 @@ def test_anderson_runs_under_vmap_with_elements_of_different_difficulty():
     assert len(set(map(int, info.num_steps))) > 1
 
 
+# Newton, Broyden.
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_newton_shortens_steps_that_overshoot_and_needs_no_contraction(sign):
+    # From 4 away Newton's full steps on arctan lead off; there a relative tolerance would be met.
+    def phi(w, lam):
+        return w - sign * jnp.arctan(w - lam)
+
+    w, info = fg.newton(phi, max_steps=40, rtol=1e-10).with_info(5.0, 1.0)
+    assert int(info.status) == Status.CONVERGED
+    np.testing.assert_allclose(w, 1.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("linear_solver", [fg.dense(), fg.gmres(max_steps=20, rtol=1e-12)])
+def test_newton_converges_quadratically_by_a_matrix_and_no_faster_than_its_forcing_terms(
+    linear_solver,
+):
+    w0, lam = jnp.full(3, 4.0), jnp.array([1.0, 2.0, 3.5])
+
+    def error(max_steps):
+        w, _ = fg.newton(
+            lambda w, lam: w - 0.25 * (w**2 - lam), max_steps=max_steps, linear_solver=linear_solver
+        ).with_info(w0, lam)
+        return np.max(np.abs(np.asarray(w) - np.sqrt(lam)))
+
+    errors = [error(k) for k in (1, 2, 3, 4, 5)]
+    heron = w0
+    for k in range(5):
+        heron = 0.5 * (heron + lam / heron)
+        if "dense" in repr(linear_solver):
+            np.testing.assert_allclose(errors[k], np.max(np.abs(heron - jnp.sqrt(lam))), rtol=1e-6)
+    assert errors[-1] < 1e-5
+
+
+def test_newton_uses_a_linear_solve_that_ran_out_of_steps():
+    # κ = 10³: five steps of CG bring the residual down, never to the forcing term.
+    curvature = jnp.geomspace(1.0, 1e-3, 60)
+    phi = fg.gradient_descent(
+        lambda w, lam: 0.5 * jnp.sum(curvature * (w - lam) ** 2), step_size=1.0
+    )
+    few = fg.cg(max_steps=5, rtol=1e-3)
+    solver = fg.newton(phi, max_steps=60, atol=1e-6, linear_solver=few)
+    _, info = solver.with_info(jnp.zeros(60), jnp.ones(60))
+    assert bool(info.converged)
+
+
+def test_newton_with_a_linear_solver_that_cannot_help_falls_back_on_phi():
+    def useless(matvec, b, x0=None):
+        del matvec, x0
+        bad = jnp.asarray(False)
+        return 0 * b, fg.SolveInfo(jnp.int32(3), jnp.linalg.norm(b), bad, jnp.int32(5), 0.0)
+
+    w, info = fg.newton(affine, max_steps=40, rtol=1e-8, linear_solver=useless).with_info(
+        jnp.zeros(4), LAM
+    )
+    assert int(info.status) == Status.CONVERGED
+    assert_close(w, FIXED, 1e-7)
+
+
+def test_the_tolerance_of_newtons_linear_solver_follows_the_step():
+    asked = []
+
+    def watched(matvec, b, x0=None):
+        return inner(matvec, b, x0)
+
+    inner = fg.gmres(max_steps=9, rtol=1e-9)
+    asked = loosened(inner, jnp.asarray(0.1))
+    assert "rtol=traced" not in repr(asked)
+    _, loose = asked(lambda u: like(A, u) @ u, LAM)
+    _, tight = inner(lambda u: like(A, u) @ u, LAM)
+    assert int(loose.num_steps) < int(tight.num_steps)
+    assert float(loose.residual) <= 0.1 * float(jnp.linalg.norm(LAM))
+    # Never tighter than it was made, and another's solver or an exact number of steps is left alone.
+    assert float(loosened(inner, jnp.asarray(1e-12))(lambda u: 0.5 * u, LAM)[1].tolerance) > 1e-9
+    for left in (watched, fg.cg(num_steps=3), fg.dense()):
+        assert loosened(left, 0.1) is left
+
+
+def test_broyden_first_steps_are_those_of_the_dense_formula():
+    def dense_broyden(w, steps):
+        h, f = np.eye(4), w - affine(w, LAM)
+        for _ in range(steps):
+            s = -h @ f
+            w = w + s
+            new = w - affine(w, LAM)
+            y, f = new - f, new
+            h = h + np.outer(s - h @ y, s @ h) / (s @ h @ y)
+        return w
+
+    for steps in (1, 2, 3, 4):
+        w, _ = fg.broyden(affine, max_steps=steps).with_info(jnp.ones(4), LAM)
+        assert_close(w, dense_broyden(np.ones(4), steps), 1e-10)
+
+
+def test_broyden_is_done_on_an_affine_map_in_twice_its_unknowns():
+    # Gay: at most 2d steps.
+    _, info = fg.broyden(affine, max_steps=30, rtol=1e-9).with_info(jnp.zeros(4), LAM)
+    assert int(info.status) == Status.CONVERGED
+    assert int(info.num_steps) <= 8
+
+
 # Failure of direct calls.
 
 
 def short(on_failure, make=fg.picard):
-    return make(affine, max_steps=2, rtol=1e-12, on_failure=on_failure)
+    return make(
+        lambda w, lam: jnp.tanh(affine(w, lam)), max_steps=2, rtol=1e-12, on_failure=on_failure
+    )
 
 
-@pytest.mark.parametrize("make", [fg.picard, fg.anderson])
+@EVERY_SOLVER
 def test_missed_tolerance_gives_nan_in_a_direct_call_and_the_iterate_in_with_info(make):
     solver = short("nan", make)
     assert jnp.all(jnp.isnan(solver(jnp.zeros(4), LAM)))
@@ -391,6 +534,96 @@ def test_every_derivative_goes_through_a_host_solver():
     assert_close(hessian, np.diag(-0.25 * np.asarray(ROOT.lam) ** -1.5), 1e-11)
 
 
+def minimised_by_scipy(value_and_grad, w0, *_):
+    options = {"gtol": 1e-10, "ftol": 0}
+    return scipy.optimize.minimize(
+        value_and_grad, w0, jac=True, method="L-BFGS-B", options=options
+    ).x
+
+
+def logistic_loss(w, lam, x, y):
+    return jnp.mean(jnp.logaddexp(0.0, -y * (x @ w))) + 0.5 * lam * jnp.sum(w**2)
+
+
+def test_scipy_minimises_with_gradients_that_the_program_evaluates():
+    # Large enough that a callback which called JAX would wait for ever.
+    rng = np.random.default_rng(3)
+    x, y = jnp.asarray(rng.normal(size=(400, 60))), jnp.asarray(np.sign(rng.normal(size=400)))
+    phi = fg.gradient_descent(logistic_loss, step_size=0.5)
+    solver = fg.from_host(minimised_by_scipy, calling=jax.value_and_grad(logistic_loss))
+    aid = fg.aid(fg.cg(max_steps=100, rtol=1e-10))
+    solve = fg.fixed_point(phi, aid)(fg.with_tolerance(solver, phi, atol=1e-6))
+    exact = fg.fixed_point(phi, aid)(fg.newton(phi, max_steps=20, rtol=1e-12))
+
+    def f(lam, solve):
+        return jnp.sum(solve(jnp.zeros(60), lam, x, y) ** 2)
+
+    got = jax.jit(jax.value_and_grad(lambda lam: f(lam, solve)))(0.1)
+    np.testing.assert_allclose(got, jax.value_and_grad(lambda lam: f(lam, exact))(0.1), rtol=1e-5)
+    # Two elements that need different numbers of evaluations; and the same solve twice in a program.
+    both = jnp.array([0.1, 1.0])
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(lambda lam: f(lam, solve) + f(lam, solve)))(both),
+        [2 * f(lam, exact) for lam in both],
+        rtol=1e-5,
+    )
+
+
+def test_a_root_of_a_pytree_by_scipy():
+    def residual(w, lam):
+        return {"a": w["a"] ** 3 - lam, "b": w["b"] - w["a"]}
+
+    def by_root(call, w0, lam):
+        del lam
+        flat, _ = ravel_pytree(w0)
+
+        def fun(z):
+            return np.concatenate([np.ravel(x) for x in jax.tree.leaves(call(as_numpy(z)))])
+
+        def as_numpy(z):
+            return jax.tree.map(np.asarray, {"a": z[:2], "b": z[2:]})
+
+        return as_numpy(scipy.optimize.root(fun, np.asarray(flat), tol=1e-12).x)
+
+    w0 = {"a": np.ones(2), "b": np.ones(2)}
+    w = fg.from_host(by_root, calling=residual)(w0, jnp.array([8.0, 27.0]))
+    assert_close(w, {"a": np.array([2.0, 3.0]), "b": np.array([2.0, 3.0])}, 1e-9)
+
+
+def test_what_a_host_solver_raises_is_raised_also_between_two_calls():
+    def impatient(call, w0, lam):
+        del lam
+        call(w0)
+        raise ValueError("no luck")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="ValueError: no luck"):
+        jax.block_until_ready(fg.from_host(impatient, calling=affine)(jnp.zeros(4), LAM))
+
+
+@pytest.mark.slow(but=("Newton",))
+@pytest.mark.parametrize(
+    ("function", "solver"),
+    [
+        (ROOT.phi, optimistix.FixedPointIteration(rtol=1e-10, atol=1e-10)),
+        (lambda w, lam: w**2 - lam, optimistix.Newton(rtol=1e-10, atol=1e-10)),
+        (lambda w, lam: jnp.sum(w**3 / 3 - lam * w), optimistix.BFGS(rtol=1e-10, atol=1e-10)),
+        (lambda w, lam: w**2 - lam, optimistix.LevenbergMarquardt(rtol=1e-10, atol=1e-10)),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, eqx.Module) else "",
+)
+def test_solvers_of_optimistix_get_our_derivatives(function, solver):
+    ours = fg.from_optimistix(function, solver, max_steps=100)
+    _, info = ours.with_info(ROOT.w0, ROOT.lam)
+    assert int(info.status) == Status.CONVERGED
+    assert 0 < int(info.num_steps) < 100
+    assert float(info.residual) < 1e-6
+    solve = fg.fixed_point(ROOT.phi, fg.forward(fg.aid(fg.dense())))(ours)
+    assert_close(jax.grad(lambda lam: jnp.sum(solve(ROOT.w0, lam)))(ROOT.lam), SLOPES, 1e-7)
+    late = fg.from_optimistix(function, solver, max_steps=1)
+    assert int(late.with_info(ROOT.w0, ROOT.lam)[1].status) == Status.MAX_STEPS
+    assert jnp.all(jnp.isnan(late(ROOT.w0, ROOT.lam)))
+
+
 def test_host_solver_takes_pytrees_keywords_integers_and_none():
     def on_host(w0, lam, *, extra):
         assert extra["none"] is None
@@ -437,6 +670,48 @@ def test_optax_solver_finds_the_minimiser_and_takes_the_map_of_another_method(op
     assert_close(gradient, want, 1e-6)
 
 
+@pytest.mark.slow(but=("lbfgs",))
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.6), optax.lbfgs()], ids=["sgd", "lbfgs"])
+def test_optax_solver_stops_by_the_gradient_and_says_so(optimizer):
+    x, y = jnp.asarray(matrix(52, 1.0, 5, 3)), jnp.cos(jnp.arange(5.0))
+    gradient = jax.grad(ridge_loss)
+
+    def solved(dtype=jnp.float64, **settings):
+        lam, w0 = jnp.asarray(0.8, dtype), jnp.zeros(3, dtype)
+        solver = fg.from_optax(ridge_loss, optimizer, **settings)
+        w, info = solver.with_info(w0, lam, x.astype(dtype), y=y.astype(dtype))
+        size = jnp.linalg.norm(gradient(w, lam, x.astype(dtype), y=y.astype(dtype)))
+        return w, info, float(size)
+
+    first = float(jnp.linalg.norm(gradient(jnp.zeros(3), 0.8, x, y=y)))
+    _, info, size = solved(max_steps=200, rtol=1e-8)
+    assert int(info.status) == Status.CONVERGED
+    assert size <= 1e-8 * first
+    np.testing.assert_allclose(info.residual, size, rtol=1e-3)
+    np.testing.assert_allclose(info.tolerance, 1e-8 * first, rtol=1e-12)
+    _, info, size = solved(max_steps=200, atol=1e-3)
+    assert 1e-6 < size <= 1e-3
+    assert int(solved(max_steps=200)[1].status) in (Status.AT_FLOOR, Status.CONVERGED)
+    assert int(solved(jnp.float32, max_steps=200, rtol=1e-12)[1].status) == Status.AT_FLOOR
+    assert int(solved(max_steps=1, rtol=1e-8)[1].status) == Status.MAX_STEPS
+    assert jnp.all(
+        jnp.isnan(fg.from_optax(ridge_loss, optimizer, max_steps=1)(jnp.zeros(3), 0.8, x, y=y))
+    )
+    # Exact steps say what is left.
+    _, info, size = solved(num_steps=2)
+    assert int(info.status) == Status.FIXED_STEPS
+    np.testing.assert_allclose(info.residual, size, rtol=1e-9)
+
+
+def test_a_line_search_that_is_not_the_last_of_its_chain_deceives_nobody():
+    # What it remembers is the gradient at a point to which half of the step leads.
+    chain = optax.chain(optax.lbfgs(), optax.scale(0.5))
+    solver = fg.from_optax(lambda w, lam: jnp.sum((w - lam) ** 2), chain, max_steps=3, atol=1e-6)
+    w, info = solver.with_info(jnp.zeros(2), 3.0)
+    np.testing.assert_allclose(info.residual, jnp.linalg.norm(2 * (w - 3.0)), rtol=1e-12)
+    assert bool(info.converged) == (float(info.residual) <= 1e-6)
+
+
 def test_optax_sgd_takes_the_steps_of_gradient_descent():
     x, y = jnp.asarray(matrix(52, 1.0, 5, 3)), jnp.cos(jnp.arange(5.0))
     solver = fg.from_optax(ridge_loss, optax.sgd(0.5), num_steps=3)
@@ -477,7 +752,7 @@ def two_scales(w, lam):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("make", [fg.picard, fg.anderson], ids=["picard", "anderson"])
+@EVERY_SOLVER
 def test_a_small_leaf_is_solved_beside_a_large_one(make, dtype):
     w0 = {"a": jnp.asarray(1e6, dtype), "b": jnp.asarray(0.0, dtype)}
     lam = jnp.asarray(1.0, dtype)
@@ -492,7 +767,7 @@ def test_a_small_leaf_is_solved_beside_a_large_one(make, dtype):
     assert int(stuck.with_info(w0, lam)[1].status) == Status.MAX_STEPS
 
 
-@pytest.mark.parametrize("make", [fg.picard, fg.anderson], ids=["picard", "anderson"])
+@EVERY_SOLVER
 def test_a_leaf_whose_solution_is_zero_meets_a_relative_tolerance(make):
     def phi(w, lam):
         return {"a": -0.9 * w["a"], "b": 0.5 * w["b"] + lam}
@@ -546,7 +821,7 @@ def test_a_float32_intercept_does_not_hide_the_weights():
     np.testing.assert_allclose(w["slope"], [1.0, 2.0], atol=0.5)
 
 
-@pytest.mark.parametrize("make", [fg.picard, fg.anderson], ids=["picard", "anderson"])
+@EVERY_SOLVER
 def test_the_floor_of_the_dtype_is_tried_before_it_is_believed(make):
     rng = np.random.default_rng(1)
     a = rng.normal(size=(30, 30))

@@ -58,8 +58,10 @@ from .linear import gmres as gmres
 from .linear import normal_cg as normal_cg
 from .lower import CheckedSolver as CheckedSolver
 from .lower import anderson as anderson
+from .lower import broyden as broyden
 from .lower import from_host as from_host
 from .lower import from_optax as from_optax
+from .lower import from_optimistix as from_optimistix
 from .lower import newton as newton
 from .lower import picard as picard
 from .lower import with_tolerance as with_tolerance
@@ -117,6 +119,7 @@ __all__ = [
     "bicgstab",
     "bilevel",
     "bounds",
+    "broyden",
     "certified",
     "certify",
     "certify_proved",
@@ -131,6 +134,7 @@ __all__ = [
     "from_host",
     "from_lineax",
     "from_optax",
+    "from_optimistix",
     "gmres",
     "gradient_descent",
     "heavy_ball",

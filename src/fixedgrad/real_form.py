@@ -202,6 +202,13 @@ class Space(NamedTuple):
         return jnp.asarray(sum(total(part, axes) for axes, part in sums.items()))
 
 
+def combined(basis: PyTree, coefficients: jax.Array) -> PyTree:
+    """Σ cᵢ qᵢ of a stacked basis."""
+    return jax.tree.map(
+        lambda q: jnp.einsum("i,i...->...", coefficients, q, precision="highest"), basis
+    )
+
+
 def _added(function: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
     return jax.tree.reduce(jnp.add, jax.tree.map(function, *trees))
 

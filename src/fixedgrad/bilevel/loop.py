@@ -16,7 +16,7 @@ from ..compiled import Compiled
 from ..errors import check_callable, check_count, check_same, hint, shapes_of, show
 from ..hypergradient import Hypergradient
 from ..leaves import blank, check_arrays, is_weak, owned, partition, settled_lam, strongly_typed
-from ..lower.adapters import check_optimizer
+from ..lower.optimisers import check_optimizer
 from ..printing import (
     printed,
 )

@@ -10,7 +10,7 @@ from ..errors import check_count
 from ..iteration import stopping
 from ..mapped_axes import steady
 from ..printing import printed
-from ..real_form import NEGLIGIBLE, VALUE
+from ..real_form import NEGLIGIBLE, VALUE, combined
 from ..types import LinearSolver, PyTree, Scalar, Status, is_failure, status_where
 from .system import Correction, System, corrected, linear_solver, tree
 from .tunable import tunable
@@ -236,7 +236,7 @@ def _gmres_cycle(
         h = jnp.zeros(length + 1, dtype)
         for _ in range(2):
             part = system.space.coefficients(c.basis, u)
-            u = tree.sub(u, _combine(c.basis, part))
+            u = tree.sub(u, combined(c.basis, part))
             h += part
         height = norm(u)
         ended = height <= VALUE * eps * size  # The Krylov space is exhausted: d is exact.
@@ -293,7 +293,7 @@ def _gmres_cycle(
     triangle = c.triangle + jnp.diag(jnp.where(used & ~flat, 0.0, 1.0).astype(dtype))
     g = jnp.where(used & ~flat, c.g[:length], 0.0)
     y = jax.scipy.linalg.solve_triangular(triangle, g)
-    d = _combine(c.basis, jnp.append(y, jnp.zeros(1, dtype)))
+    d = combined(c.basis, jnp.append(y, jnp.zeros(1, dtype)))
     # eps ‖A‖ ‖d‖ is the backward error; where it is as large as r, A is singular to this precision.
     size = jnp.max(jnp.abs(c.triangle))
     noise = eps * size * jnp.linalg.norm(y)
@@ -301,10 +301,3 @@ def _gmres_cycle(
     singular &= jnp.isfinite(size)
     status = status_where(singular, Status.SINGULAR, Status.FIXED_STEPS)
     return Correction(d, c.j, status), jnp.abs(c.g[c.j])
-
-
-def _combine(basis: PyTree, coefficients: jax.Array) -> PyTree:
-    """Σ cᵢ qᵢ of a stacked basis."""
-    return jax.tree.map(
-        lambda q: jnp.einsum("i,i...->...", coefficients, q, precision="highest"), basis
-    )

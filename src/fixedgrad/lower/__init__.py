@@ -6,11 +6,13 @@ explicit form use that; called directly, a solver that missed its tolerance foll
 `on_failure`, which by default answers NaN.
 """
 
-from .adapters import from_host as from_host
-from .adapters import from_optax as from_optax
+from .adapters import from_optimistix as from_optimistix
 from .adapters import with_tolerance as with_tolerance
 from .anderson import anderson as anderson
+from .broyden import broyden as broyden
+from .host import from_host as from_host
 from .newton import newton as newton
+from .optimisers import from_optax as from_optax
 from .picard import picard as picard
 from .solver import CheckedSolver as CheckedSolver
 from .solver import exact_steps_info as exact_steps_info

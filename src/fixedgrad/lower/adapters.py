@@ -1,22 +1,34 @@
-"""Solvers that are not made here: `with_tolerance`, `from_host`, `from_optax`."""
+"""Solvers that are not made here: `with_tolerance`, `from_optimistix`."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax import lax
 
-from ..errors import check_callable, check_count, check_inexact, check_same, check_scalar, show
+from ..compiled import Compiled
+from ..errors import check_callable, check_count, check_inexact, show
 from ..failure import check_on_failure
 from ..iteration import stopping, verdict
-from ..leaves import SOLVED, check_arrays, eval_shape, split_static, strongly_typed
+from ..leaves import SOLVED, eval_shape, stopped_by_residual, strongly_typed
+from ..maps import gradient_descent
 from ..printing import printed
-from ..real_form import steepest_ascent
+from ..problem import Equation
+from ..real_form import norm
 from ..signatures import same_arguments
-from ..types import OnFailure, Phi, PyTree, Scalar, SolveInfo, Solver
+from ..types import (
+    OnFailure,
+    Phi,
+    PyTree,
+    ResidualMap,
+    Scalar,
+    SolveInfo,
+    Solver,
+    Status,
+    solve_info,
+    status_where,
+)
 from .solver import CheckedSolver, lower_level
 
 tree = optax.tree
@@ -83,140 +95,101 @@ def with_tolerance(
 
 
 @printed
-def from_host(function: Callable[..., PyTree]) -> Solver:
-    """A solver that is not JAX, such as SciPy's, called on the host with NumPy arrays.
-
-    The call is a `jax.pure_callback`: it works under `jit`, under `vmap` one element after another,
-    and under every derivative of `aid` and `truncated_itd`, which never differentiate the solver.
-
-    Assumed, not checked: the function has no side effects: it may be called more or less often than
-    the program seems to say. It does not call JAX, and its w is a fixed point of Φ (`with_tolerance`).
-
-    Cost: the function, a copy of its arguments to the host and of w back. Memory: these, on the
-    host.
-    When not to use it: for `itd`; on devices without host callbacks; in a program for `jax.export`,
-    which exports no host callback; for a solver that could be JAX, since a batch is solved one
-    element after another.
-
-    Args:
-        function: `function(w0, *args, **kwargs) -> w` on NumPy arrays, w like w0 in structure,
-            shapes and dtypes.
-
-    Returns:
-        `solver(w0, *args, **kwargs) -> w`.
-
-    Raises:
-        TypeError: `function` is not callable; when differentiated itself, as by `itd`.
-        jax.errors.JaxRuntimeError: When called: the function raised, or its w is not like w0; the
-            text holds the reason.
-
-    >>> solver = from_host(lambda w0, lam: (2.0 * lam).astype(w0.dtype))
-    >>> float(solver(jnp.zeros(()), 3.0))
-    6.0
-    """
-    check_callable("from_host", "function", function, "function(w0, *args) -> w")
-
-    def on_host(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        check_arrays("from_host", "w0", w0)
-        shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, w0))
-        layout, arrays = split_static((w0, args, kwargs))
-
-        def call(arrays: list[Any]) -> PyTree:
-            w0, args, kwargs = layout.join([_to_numpy(x) for x in arrays])
-            w = function(w0, *args, **kwargs)
-            check_same("from_host", w, shapes, "`function(w0, ...)`", "`w0`")
-            return w
-
-        @jax.custom_jvp
-        def run(arrays: list[Any]) -> PyTree:
-            return jax.pure_callback(call, shapes, arrays, vmap_method="sequential")
-
-        @run.defjvp
-        def refuse(primals: Any, tangents: Any) -> Any:
-            del primals, tangents
-            raise TypeError(
-                "A solver made by `from_host` is not JAX and cannot be differentiated itself. Decorate "
-                "it with `fixed_point(phi, aid(...))` or `truncated_itd(...)`; `itd()` differentiates "
-                "the solver."
-            )
-
-        return run(arrays)
-
-    return on_host
-
-
-@printed
-def from_optax(
-    loss: Callable[..., jax.Array],
-    optimizer: optax.GradientTransformation,
+def from_optimistix(
+    function: Callable[..., PyTree],
+    solver: Any,
     *,
-    num_steps: int,
-) -> Solver:
-    """A solver that minimises `loss` with an optax optimiser, exactly `num_steps` steps.
+    max_steps: int,
+    on_failure: OnFailure = "nan",
+) -> CheckedSolver:
+    """Any solver of the package optimistix, such as `optimistix.Newton(1e-8, 1e-8)`.
 
-    Give AID the `gradient_descent` map of the same loss as Φ: it has the same fixed points. Under
-    `itd` beware of optimisers that divide by moments at zero gradient.
+    What the function is depends on the solver: Φ for one of fixed points, F for a root finder
+    (Φ = w − F), the loss for a minimiser, the residuals for one of least squares.
 
-    Assumed, not checked: that the steps suffice (`with_tolerance` with that map tells).
+    Assumed, not checked: that the solver's own test, which looks at its last step, has found a fixed
+    point of the Φ that the derivative is of; `with_tolerance` looks at the residual.
 
-    Cost: one gradient a step. Memory: w and the state of the optimiser (all of them under `itd`).
-    When not to use it: to stop by a tolerance, which `picard` and `anderson` do.
+    Cost: the solver's, and one evaluation for the residual in the info. Memory: the solver's.
+    Not for `itd`: the steps are not differentiated. Where `newton`, `broyden`, `anderson` or
+    `from_optax` will do, their status says more.
 
     Args:
-        loss: `loss(w, *args, **kwargs) -> scalar`.
-        optimizer: An optax optimiser; a line search, as in `optax.lbfgs`, gets value and loss too, and
-            takes several evaluations of the loss a step.
-        num_steps: The number of steps.
+        function: `function(w, *args, **kwargs)`, of the solver's kind.
+        solver: A solver of optimistix, with its tolerances.
+        max_steps: At most that many of its steps.
+        on_failure: "nan", "warn", "raise" or "ignore", for direct calls where it did not succeed.
 
     Returns:
-        `solver(w0, *args, **kwargs) -> w`.
+        A solver, `solver(w0, *args, **kwargs) -> w`, with `solver.with_info`; the residual in its info
+        is ‖Φ(w) − w‖, ‖F(w)‖ or the norm of the gradient of the loss.
 
     Raises:
-        TypeError: `loss` is not callable, `optimizer` not an optimiser; when called, the loss is
-            not a real scalar, or w0 has a leaf that is not inexact.
-        ValueError: `num_steps` is not a positive integer.
+        ImportError: Where optimistix is not installed; the extra `optimistix` installs it.
+        TypeError: `function` is not callable, or `solver` no solver of optimistix; where JAX
+            differentiates the steps, as `itd` asks for.
+        ValueError: `max_steps` is not a positive integer.
 
-    >>> solver = from_optax(lambda w, lam: (w - lam) ** 2, optax.sgd(0.25), num_steps=30)
-    >>> round(float(solver(0.0, 3.0)), 6)
-    3.0
+    >>> import optimistix  # The extras `optimistix` and `test` install it.
+    >>> newton = optimistix.Newton(rtol=1e-9, atol=1e-9)
+    >>> solver = from_optimistix(lambda w, lam: w**2 - lam, newton, max_steps=50)
+    >>> w, info = solver.with_info(1.0, 2.0)
+    >>> round(float(w), 9), bool(info.converged)
+    (1.414213562, True)
+
+    References:
+        Rader, Lyons, Kidger, Optimistix: modular optimisation in JAX and Equinox, 2024.
     """
-    check_callable("from_optax", "loss", loss, "loss(w, *args) -> scalar")
-    check_count("from_optax", "num_steps", num_steps)
-    check_optimizer("from_optax", optimizer)
-    full = optax.with_extra_args_support(optimizer)
+    import optimistix as optx  # An optional package, needed by nobody else.
 
-    def solver(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        check_inexact("from_optax", "w0", w0)
-        value = eval_shape(loss, w0, *args, **kwargs)
-        check_scalar("from_optax", value, "loss")
-        w0 = strongly_typed(w0, jax.tree.map(lambda _: value, w0))
+    check_callable("from_optimistix", "function", function, "function(w, *args) -> value")
+    check_count("from_optimistix", "max_steps", max_steps)
+    check_on_failure("from_optimistix", on_failure)
 
-        def scalar_loss(w: PyTree) -> jax.Array:
-            return loss(w, *args, **kwargs)
+    def squares(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> jax.Array:
+        return 0.5 * norm(function(w, *args, **kwargs)) ** 2
 
-        def step(_: jax.Array, carry: Any) -> Any:
-            w, state = carry
-            value, grad = jax.value_and_grad(scalar_loss)(w)
-            ascent = steepest_ascent(grad)
-            updates, state = full.update(
-                ascent, state, w, value=value, grad=ascent, value_fn=scalar_loss
-            )
-            return optax.apply_updates(w, updates), state
+    def root(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        return tree.sub(w, function(w, *args, **kwargs))
 
-        return lax.fori_loop(0, num_steps, step, (w0, strongly_typed(full.init(w0))))[0]
-
-    return solver
-
-
-def check_optimizer(where: str, optimizer: object) -> None:
-    """Raises `TypeError` unless `optimizer` looks like one of optax."""
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+    kinds: list[tuple[Any, Any, Callable[[], Phi]]] = [
+        (optx.AbstractFixedPointSolver, optx.fixed_point, lambda: function),
+        (optx.AbstractRootFinder, optx.root_find, lambda: ResidualMap(root, function)),
+        (optx.AbstractMinimiser, optx.minimise, lambda: gradient_descent(function, step_size=1.0)),
+        (
+            optx.AbstractLeastSquaresSolver,
+            optx.least_squares,
+            lambda: gradient_descent(squares, step_size=1.0),
+        ),
+    ]
+    found = [(run, make_phi) for kind, run, make_phi in kinds if isinstance(solver, kind)]
+    if not found:
         raise TypeError(
-            f"`optimizer` of `{where}` must be an optax optimiser, got {show(optimizer)}; call it, as "
-            "in `optax.adam(1e-2)`."
+            f"`solver` of `from_optimistix` must be a solver of optimistix, got {show(solver)}; make "
+            "one, as in `optimistix.Newton(rtol=1e-8, atol=1e-8)`."
         )
+    run, make_phi = found[0]
+    phi = make_phi()
 
+    @Compiled
+    def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
+        check_inexact("from_optimistix", "w0", w0)
+        w0 = strongly_typed(w0, eval_shape(phi, w0, *args, **kwargs))
+        equation = Equation.of("from_optimistix", phi, w0, (), lambda _: (args, kwargs), "`w0`")
+        solution = run(
+            lambda w, call: function(w, *call[0], **call[1]),
+            solver,
+            w0,
+            (args, kwargs),
+            max_steps=max_steps,
+            throw=False,
+        )
+        w = solution.value
+        residual = equation.space(w).size_of(equation.residual(w, ()))
+        succeeded = solution.result == optx.RESULTS.successful
+        status = status_where(succeeded, Status.CONVERGED, Status.MAX_STEPS)
+        status = status_where(jnp.isfinite(residual), status, Status.NON_FINITE)
+        info = solve_info(solution.stats.get("num_steps", 0), residual, status)
+        return stopped_by_residual("from_optimistix", w), info
 
-def _to_numpy(x: Any) -> Any:
-    is_key = jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
-    return x if is_key else np.asarray(x)
+    return CheckedSolver(solve, on_failure, phi)
