@@ -92,6 +92,8 @@ def cases():
             kind = "tolerance" if tolerant else "exact"
             yield f"{name} {kind} shard_map", sharded(local)
             yield f"{name} {kind} vmap", batched(local)
+    nystrom = fg.cg(max_steps=9, rtol=1e-10, preconditioner=fg.nystrom(rank=3))
+    yield "nystrom shard_map", sharded(objective(fg.fixed_point(gathering, fg.aid(nystrom))(until)))
     itd = fg.fixed_point(gathering, fg.itd())(fg.anderson(gathering, num_steps=25))
     yield "itd shard_map", sharded(objective(itd))
     steps = fg.truncated_itd(num_steps=60)

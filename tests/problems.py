@@ -332,6 +332,33 @@ LINEAR_SOLVERS = (
     LinearRow("bicgstab atol", fg.bicgstab(max_steps=40, atol=1e-9), accuracy=1e-7),
     LinearRow("dense", fg.dense(), everywhere=True),
     LinearRow("dense blocks", fg.dense(max_size=16, block_size=3)),
+    LinearRow(
+        "cg nystrom",
+        fg.cg(max_steps=20, rtol=1e-8, preconditioner=fg.nystrom(rank=2)),
+        symmetric_only=True,
+        accuracy=1e-7,
+    ),
+    LinearRow(
+        "cg preconditioned",
+        fg.cg(num_steps=10, preconditioner=lambda u: jax.tree.map(lambda x: 1.5 * x, u)),
+        symmetric_only=True,
+    ),
+    LinearRow(
+        "normal_cg inverse",
+        fg.normal_cg(max_steps=40, rtol=1e-8, preconditioner=fg.inverse(block_size=3)),
+        accuracy=1e-7,
+    ),
+    LinearRow("gmres inverse", fg.gmres(num_steps=3, preconditioner=fg.inverse(max_size=16))),
+    LinearRow(
+        "bicgstab nystrom",
+        fg.bicgstab(max_steps=40, rtol=1e-8, preconditioner=fg.nystrom(rank=2, seed=3)),
+        accuracy=1e-7,
+    ),
+    LinearRow(
+        "lineax inverse",
+        fg.from_lineax(lineax.GMRES(1e-10, 1e-10), preconditioner=fg.inverse()),
+        accuracy=1e-7,
+    ),
     LinearRow("lineax", fg.from_lineax(lineax.BiCGStab(1e-10, 1e-10)), accuracy=1e-7),
 )
 LINEAR = {row.name: row for row in LINEAR_SOLVERS}

@@ -40,8 +40,8 @@ def test_a_solve_spread_over_an_axis_is_that_of_the_whole_system(answers, name, 
     np.testing.assert_allclose(answers[f"{name} {rule} {where}"], truth(), rtol=1e-7, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["itd", "truncated_itd"])
-def test_unrolled_steps_are_those_of_the_whole_system(answers, name):
+@pytest.mark.parametrize("name", ["itd", "truncated_itd", "nystrom"])
+def test_other_rules_are_those_of_the_whole_system(answers, name):
     np.testing.assert_allclose(answers[f"{name} shard_map"], truth(), rtol=1e-7, atol=1e-12)
 
 

@@ -549,6 +549,41 @@ OTHER_ROWS = [
         lambda: decorated(half, lambda w0, *_, **__: w0)(ONES, ONES, 1.0, c=2.0),
     ),
     Row(
+        "a preconditioner that is none",
+        TypeError,
+        "`preconditioner` of `cg` must be a `Preconditioner`, got 3 of type `int`; write",
+        lambda: fg.cg(num_steps=2, preconditioner=3),
+    ),
+    Row(
+        "a preconditioner for a direct solver of lineax",
+        TypeError,
+        "`from_lineax` has a `preconditioner` for `CG`, `GMRES` and `BiCGStab`, got",
+        lambda: fg.from_lineax(lineax.LU(), preconditioner=fg.inverse()),
+    ),
+    Row(
+        "an inverse of too many unknowns",
+        ValueError,
+        "`inverse` would materialise a 2 by 2 matrix, more than its `max_size`=1; take `nystrom`",
+        lambda: fg.cg(num_steps=2, preconditioner=fg.inverse(max_size=1))(lambda u: 0.5 * u, ONES),
+    ),
+    Row(
+        "an inverse of a part of a system",
+        TypeError,
+        "`inverse` makes a matrix of one system, but a collective .* along 'i'; take `nystrom`",
+        lambda: jax.vmap(
+            lambda b: fg.cg(num_steps=2, preconditioner=fg.inverse())(
+                lambda u: 0.1 * jax.lax.psum(u, "i"), b
+            )[0],
+            axis_name="i",
+        )(jnp.ones((2, 2))),
+    ),
+    Row(
+        "a negative ridge",
+        ValueError,
+        "`ridge` of `gmres` must be a finite number >= 0, got -1",
+        lambda: fg.gmres(num_steps=2, ridge=-1.0),
+    ),
+    Row(
         "from_optimistix with a factory",
         TypeError,
         "`solver` of `from_optimistix` must be a solver of optimistix, got .*; make one, as in ",

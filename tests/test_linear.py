@@ -13,7 +13,7 @@ import scipy.sparse.linalg as scipy_linalg
 
 import fixedgrad as fg
 from fixedgrad import Status
-from problems import LINEAR, LINEAR_SOLVERS, assert_close, like, matrix, named
+from problems import LINEAR, LINEAR_SOLVERS, PROBLEM, assert_close, like, matrix, named
 
 EPS = float(jnp.finfo(jnp.float64).eps)
 EACH = pytest.mark.parametrize("row", LINEAR_SOLVERS, ids=named)
@@ -701,3 +701,148 @@ def test_a_float32_floor_is_not_a_singular_matrix(make, warm):
     x, info = make(max_steps=3000, rtol=1e-7)(lambda v: v - eigenvalues * v, b, start)
     assert bool(info.converged)
     np.testing.assert_allclose(x, b / eigenvalues, rtol=1e-2)
+
+
+# Preconditioners and ridge.
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 7])
+def test_preconditioned_cg_equals_that_of_scipy_step_by_step(steps):
+    a = np.diag([1.0, 0.3, 0.1, 0.01]) + 0.005
+    p = np.diag(1 / np.diag(a))
+    if steps < 4:
+        want, _ = scipy_linalg.cg(a, B, rtol=0, atol=0, maxiter=steps, M=p)
+    else:
+        want = np.linalg.solve(a, B)
+    solver = fg.cg(num_steps=steps, preconditioner=lambda u: like(p, u) @ u)
+    assert_close(run(solver, np.eye(4) - a)[0], want, 1e-9)
+
+
+@pytest.mark.parametrize("make", [fg.cg, fg.gmres, fg.bicgstab, fg.normal_cg])
+def test_an_exact_preconditioner_is_a_solver_of_one_step(make):
+    m = SYMMETRIC if make is fg.cg else GENERAL
+    for preconditioner in (
+        fg.inverse(),
+        lambda u: like(np.linalg.inv(np.eye(D) - m), u) @ u,
+    ):
+        x, info = run(make(max_steps=20, rtol=1e-10, preconditioner=preconditioner), m)
+        assert int(info.num_steps) == 1
+        assert_close(x, exact(m), 1e-9)
+        np.testing.assert_allclose(info.residual, residual(m, x), atol=1e-12)
+
+
+def test_nystrom_of_full_rank_is_an_exact_one_and_of_a_low_rank_a_better_one():
+    curvature = np.geomspace(1.0, 1e-4, 40) + 1e-4
+    q = np.linalg.qr(matrix(44, 1.0, 40, 40))[0]
+    m = np.eye(40) - q @ np.diag(curvature) @ q.T
+
+    def steps(**options):
+        return int(run(fg.cg(max_steps=300, rtol=1e-8, **options), m, np.ones(40))[1].num_steps)
+
+    assert steps(preconditioner=fg.nystrom(rank=40)) <= 2
+    assert steps(preconditioner=fg.nystrom(rank=99)) <= 2
+    assert 3 * steps(preconditioner=fg.nystrom(rank=25)) < steps()
+
+
+@pytest.mark.parametrize("rank", [3, 30, 60])
+def test_nystrom_in_float32_is_positive_definite_whatever_rounding_does(rank):
+    curvature = np.geomspace(1.0, 1e-4, 60)
+    q = np.linalg.qr(matrix(45, 1.0, 60, 60))[0]
+    m, b = np.eye(60) - q @ np.diag(curvature) @ q.T, np.ones(60)
+    solver = fg.cg(max_steps=400, rtol=1e-3, preconditioner=fg.nystrom(rank=rank))
+    x, info = run(solver, m.astype(np.float32), b.astype(np.float32))
+    assert int(info.status) in (Status.CONVERGED, Status.AT_FLOOR)
+    assert residual(m, x, b) <= 1e-2 * np.linalg.norm(b)
+
+
+def test_nystrom_of_an_indefinite_matrix_does_no_harm():
+    m = with_eigenvalues(-0.5, 0.3, 2.0, 0.1)
+    x, _ = run(fg.gmres(max_steps=30, rtol=1e-9, preconditioner=fg.nystrom(rank=2)), m)
+    assert_close(x, exact(m), 1e-7)
+
+
+def test_cg_reports_a_preconditioner_that_is_not_positive_definite():
+    solver = fg.cg(max_steps=9, rtol=1e-9, preconditioner=lambda u: -u)
+    assert int(run(solver, SYMMETRIC)[1].status) == Status.INDEFINITE
+
+
+@pytest.mark.parametrize("problem", ["affine non-symmetric", "complex non-holomorphic"])
+@pytest.mark.parametrize("forward", [False, True], ids=["reverse", "forward"])
+def test_a_preconditioner_for_j_is_transposed_where_the_system_is_that_of_its_transpose(
+    problem, forward
+):
+    problem = PROBLEM[problem]
+    w = problem.solution(problem.lam)
+    jacobian = jax.linearize(lambda w: problem.phi(w, problem.lam), w)[1]
+    unit = jnp.eye(w.size, dtype=w.dtype)
+    directions = (unit, 1j * unit) if jnp.iscomplexobj(w) else (unit,)
+    columns = [jax.vmap(lambda u: u - jacobian(u))(d) for d in directions]
+
+    def real(z):  # Rows (Re z, Im z).
+        return jnp.concatenate([z.real, z.imag], 1) if jnp.iscomplexobj(z) else z
+
+    inverse = jnp.linalg.inv(jnp.concatenate([real(c) for c in columns]).T)
+
+    def p(u):  # (I − J)⁻¹, linear over the reals.
+        out = inverse @ real(u[None])[0]
+        return out if not jnp.iscomplexobj(u) else jax.lax.complex(*jnp.split(out, 2))
+
+    seen = []
+
+    def watched(matvec, b, x0=None):
+        x, info = one_step(matvec, b, x0)
+        jax.debug.callback(lambda n: seen.append(int(n)), info.num_steps)
+        return x, info
+
+    one_step = fg.gmres(max_steps=9, rtol=1e-9, preconditioner=p)
+    estimator = fg.aid(watched)
+    solve = fg.fixed_point(problem.phi, fg.forward(estimator) if forward else estimator)(
+        lambda w0, lam: w
+    )
+
+    def f(lam):
+        return problem.outer(solve(problem.w0, lam), lam)
+
+    assert_close(jax.grad(f)(problem.lam), problem.gradient(), 1e-7)
+    if forward:
+        jax.jvp(f, (problem.lam,), (problem.lam,))
+    jax.effects_barrier()
+    assert seen
+    assert set(seen) == {1}
+
+
+def test_newton_makes_its_preconditioner_once():
+    products = []
+    problem = PROBLEM["nonlinear"]
+
+    def counted(u):
+        jax.debug.callback(lambda: products.append(1))
+        return u
+
+    phi = problem.phi
+    made = fg.inverse()
+    watched = made._replace(
+        build=lambda product, like, space: counted(made.build(product, like, space))
+    )
+    solver = fg.newton(
+        phi,
+        max_steps=30,
+        rtol=1e-10,
+        linear_solver=fg.gmres(max_steps=20, preconditioner=watched),
+    )
+    w, info = solver.with_info(problem.w0, problem.lam)
+    jax.effects_barrier()
+    assert len(products) == 1
+    assert int(info.num_steps) > 1
+    assert_close(w, problem.solution(problem.lam), 1e-8)
+
+
+@pytest.mark.parametrize("make", [fg.cg, fg.gmres, fg.bicgstab, fg.normal_cg])
+def test_a_ridge_solves_the_regularised_system_and_says_so(make):
+    m = SYMMETRIC if make is fg.cg else GENERAL
+    x, info = run(make(max_steps=30, rtol=1e-10, ridge=0.3), m)
+    assert_close(x, np.linalg.solve(1.3 * np.eye(D) - m, B), 1e-9)
+    assert bool(info.converged)
+    # Of a singular one too; traced.
+    solve = jax.jit(lambda ridge: make(max_steps=30, rtol=1e-9, ridge=ridge)(lambda u: u, B))
+    assert_close(solve(0.5)[0], B / 0.5, 1e-8)

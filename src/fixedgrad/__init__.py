@@ -49,13 +49,16 @@ from .hypergradient import cold as cold
 from .hypergradient import hypergradient as hypergradient
 from .hypergradient import separately as separately
 from .hypergradient import warm as warm
+from .linear import Preconditioner as Preconditioner
 from .linear import bicgstab as bicgstab
 from .linear import cg as cg
 from .linear import dense as dense
 from .linear import fp as fp
 from .linear import from_lineax as from_lineax
 from .linear import gmres as gmres
+from .linear import inverse as inverse
 from .linear import normal_cg as normal_cg
+from .linear import nystrom as nystrom
 from .lower import CheckedSolver as CheckedSolver
 from .lower import anderson as anderson
 from .lower import broyden as broyden
@@ -103,6 +106,7 @@ __all__ = [
     "Momentum",
     "Outer",
     "Phi",
+    "Preconditioner",
     "Recommendation",
     "SolveFailedError",
     "SolveFailedWarning",
@@ -139,10 +143,12 @@ __all__ = [
     "gradient_descent",
     "heavy_ball",
     "hypergradient",
+    "inverse",
     "itd",
     "nesterov",
     "newton",
     "normal_cg",
+    "nystrom",
     "optimal_heavy_ball",
     "optimal_step_size",
     "patience",

@@ -127,7 +127,7 @@ def hoisted(matvec: MatVec, b: PyTree) -> Hoisted:
     """`matvec`, a function of pytrees like `b`, without a closure."""
     m = jacobian(matvec)
     closed, out = jax.make_jaxpr(m.known, return_shape=True)(b)
-    made = Jacobian if m.complement is None else Jacobian.from_complement
+    like = m._replace(product=_nothing, complement=m.complement and _nothing)
     treedef, jaxpr, consts = jax.tree.structure(out), without_consts(closed), list(closed.consts)
     del closed, m  # What outlives a trace must not hold its tracers.
 
@@ -136,9 +136,13 @@ def hoisted(matvec: MatVec, b: PyTree) -> Hoisted:
             leaves = jax.core.eval_jaxpr(jaxpr, consts, *jax.tree.leaves(u))
             return jax.tree.unflatten(treedef, leaves)
 
-        return made(known)
+        return like.replaced(known)
 
     return Hoisted(at, consts)
+
+
+def _nothing(u: PyTree) -> PyTree:
+    return u
 
 
 def varying_axes(tree: PyTree) -> frozenset[str]:

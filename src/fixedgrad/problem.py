@@ -87,19 +87,22 @@ class Equation(NamedTuple):
     def vjp(self, w: PyTree, x: PyTree) -> Linearised:
         """Products with Jᵀ and Bᵀ."""
         _, pull = jax.vjp(self.function, w, x)
-        return self._linearised(lambda u: pull(u)[0], lambda u: pull(u)[1])
+        return self._linearised(lambda u: pull(u)[0], lambda u: pull(u)[1], transposed=True)
 
     def jvp(self, w: PyTree, x: PyTree) -> Linearised:
         """Products with J and B."""
         _, push = jax.linearize(self.function, w, x)
         w_zero, x_zero = tree.zeros_like((w, x))
-        return self._linearised(lambda u: push(u, x_zero), lambda x_dot: push(w_zero, x_dot))
+        return self._linearised(
+            lambda u: push(u, x_zero), lambda x_dot: push(w_zero, x_dot), transposed=False
+        )
 
-    def _linearised(self, first: MatVec, second: MatVec) -> Linearised:
+    def _linearised(self, first: MatVec, second: MatVec, *, transposed: bool) -> Linearised:
         if not self.by_residual:
-            return Linearised(Jacobian(first), second)
+            return Linearised(Jacobian(first, transposed=transposed), second)
         # I − J = ∂₁F and B = −∂₂F.
-        return Linearised(Jacobian.from_complement(first), lambda u: tree.scale(-1, second(u)))
+        j = Jacobian.from_complement(first, transposed)
+        return Linearised(j, lambda u: tree.scale(-1, second(u)))
 
 
 class Gradients(NamedTuple):

@@ -174,11 +174,15 @@ class Space(NamedTuple):
 
     def gram(self, basis: PyTree) -> jax.Array:
         """The ⟨qᵢ, qⱼ⟩ of a stacked basis."""
+        return self.grams(basis, basis)
 
-        def leaf(q: jax.Array) -> jax.Array:
-            return jnp.einsum("i...,j...->ij", q, q, precision="highest")
+    def grams(self, basis: PyTree, other: PyTree) -> jax.Array:
+        """The ⟨pᵢ, qⱼ⟩ of two stacked bases."""
 
-        return self._total([_added(leaf, q) for q in basis])
+        def leaf(p: jax.Array, q: jax.Array) -> jax.Array:
+            return jnp.einsum("i...,j...->ij", p, q, precision="highest")
+
+        return self._total([_added(leaf, p, q) for p, q in zip(basis, other, strict=True)])
 
     def size(self, x: PyTree) -> jax.Array:
         """‖x‖ of a real form, whatever its scale. A constant."""

@@ -197,10 +197,12 @@ class Jacobian(NamedTuple):
     Attributes:
         product: u ↦ M u.
         complement: u ↦ (I − M) u, where it is known more accurately than as u − M u; else `None`.
+        transposed: Whether M is Jᵀ, and not J.
     """
 
     product: MatVec
     complement: MatVec | None = None
+    transposed: bool = False
 
     def __call__(self, u: PyTree) -> PyTree:
         return self.product(u)
@@ -212,12 +214,15 @@ class Jacobian(NamedTuple):
 
     def replaced(self, known: MatVec) -> "Jacobian":
         """The same of another matrix, given the same one of the two."""
-        return Jacobian(known) if self.complement is None else Jacobian.from_complement(known)
+        if self.complement is None:
+            return Jacobian(known, None, self.transposed)
+        return Jacobian.from_complement(known, self.transposed)
 
     @classmethod
-    def from_complement(cls, complement: MatVec) -> "Jacobian":
+    def from_complement(cls, complement: MatVec, transposed: bool = False) -> "Jacobian":
         """Of products with I − M."""
-        return cls(lambda u: jax.tree.map(jnp.subtract, u, complement(u)), complement)
+        product = lambda u: jax.tree.map(jnp.subtract, u, complement(u))  # noqa: E731
+        return cls(product, complement, transposed)
 
 
 def jacobian(matvec: MatVec) -> Jacobian:

@@ -29,3 +29,6 @@ from .direct import from_lineax as from_lineax
 from .fixed_point import fp as fp
 from .krylov import bicgstab as bicgstab
 from .krylov import gmres as gmres
+from .preconditioner import Preconditioner as Preconditioner
+from .preconditioner import inverse as inverse
+from .preconditioner import nystrom as nystrom

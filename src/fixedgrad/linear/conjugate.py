@@ -11,8 +11,9 @@ from ..iteration import stopping
 from ..mapped_axes import steady
 from ..printing import printed
 from ..real_form import NEGLIGIBLE, of_product
-from ..types import LinearSolver, PyTree, Scalar, Status, is_failure, status_where
-from .system import Correction, System, corrected, linear_solver, tree
+from ..types import LinearSolver, MatVec, PyTree, Scalar, Status, is_failure, status_where
+from .preconditioner import Preconditioner
+from .system import Correction, System, corrected, from_the_right, linear_solver, tree
 from .tunable import tunable
 
 
@@ -24,6 +25,8 @@ def cg(
     max_steps: int | None = None,
     rtol: Scalar = 0.0,
     atol: Scalar = 0.0,
+    preconditioner: Preconditioner | MatVec | None = None,
+    ridge: Scalar = 0.0,
 ) -> LinearSolver:
     """Conjugate gradients for M symmetric and I − M positive definite.
 
@@ -48,6 +51,11 @@ def cg(
         max_steps: At most that many steps, with `rtol` and `atol`.
         rtol: Relative tolerance on the true residual, ‖b − (I − M)x‖ ≤ rtol ‖b‖.
         atol: Absolute tolerance on the same.
+        preconditioner: P ≈ (I − J)⁻¹: `nystrom`, `inverse`, or a linear function u ↦ P u, whose
+            transpose is taken where the system is that of Jᵀ. Symmetric positive
+            definite: a direction on which it is not is reported as `INDEFINITE`.
+        ridge: ρ ≥ 0: the system solved, and its residual, are those of (I − M + ρI) x = b. That is a
+            bias: relative to x it is at most ρ ‖(I − M)⁻¹‖, whatever the tolerance.
 
     Returns:
         A `LinearSolver`.
@@ -68,9 +76,17 @@ def cg(
     stop = stopping("cg", num_steps, max_steps, rtol, atol)
 
     def correct(system: System, r: PyTree, steps: jax.Array | int, tol: jax.Array) -> Correction:
-        # A symmetric A gives ⟨r₀, A d⟩ = ⟨A r₀, d⟩ for the correction d; A d = r₀ − rₖ is known, so
+        # A symmetric A gives ⟨p₀, A d⟩ = ⟨A p₀, d⟩ for the correction d; A d = r₀ − rₖ is known, so
         # that the test of symmetry costs one stored vector and two inner products in all.
         eps, dot, norm = system.eps, system.space.inner, system.space.norm
+        precondition = system.precondition
+
+        def conditioned(r: PyTree, rr: jax.Array) -> tuple[PyTree, jax.Array]:
+            """Z = P r and ⟨r, z⟩."""
+            if precondition is None:
+                return r, rr
+            z = precondition(r)
+            return z, dot(r, z)
 
         def step(c: _CG) -> _CG:
             ap = system.product(c.p)
@@ -80,38 +96,41 @@ def cg(
             # pᵀAp = 0 with Ap ≠ 0 takes eigenvalues of both signs; ‖Ap‖² ≤ ‖A‖ pᵀAp where A ≥ 0.
             null = flat & (apap <= of_product(eps) * scale**2 * pp)
             bad = status_where(null, Status.SINGULAR, Status.INDEFINITE)
-            status = status_where(flat | (pap < 0), bad, Status.FIXED_STEPS)
+            # ⟨r, P r⟩ ≤ 0 is one of P.
+            status = status_where(flat | (pap < 0) | (c.rho <= 0), bad, Status.FIXED_STEPS)
             live = (c.rr > c.least) & ~is_failure(c.status)
             status = status_where(live, status, c.status)
             live &= status == int(Status.FIXED_STEPS)
-            alpha = jnp.where(live, c.rr / jnp.where(live, pap, 1.0), 0.0)
+            alpha = jnp.where(live, c.rho / jnp.where(live, pap, 1.0), 0.0)
             x, r = tree.add_scale(c.x, alpha, c.p), tree.add_scale(c.r, -alpha, ap)
             rr = dot(r, r)
-            beta = jnp.where(live, rr / jnp.where(live, c.rr, 1.0), 0.0)
-            p = tree.where(live, tree.add_scale(r, beta, c.p), c.p)
+            z, rho = conditioned(r, rr)
+            beta = jnp.where(live, rho / jnp.where(live, c.rho, 1.0), 0.0)
+            p = tree.where(live, tree.add_scale(z, beta, c.p), c.p)
             ap0 = tree.where(c.i == 0, ap, c.ap0)
-            rr = jnp.where(live, rr, c.rr)
-            return _CG(c.i + 1, x, r, p, ap0, rr, c.least, scale, status)
+            rr, rho = jnp.where(live, rr, c.rr), jnp.where(live, rho, c.rho)
+            return _CG(c.i + 1, x, r, p, ap0, rr, rho, c.least, scale, status)
 
         rr = dot(r, r)
+        p, rho = conditioned(r, rr)
         least = (
             rr * (NEGLIGIBLE * eps) ** 2
         )  # Below it more steps change nothing, and ratios are noise.
         zero = tree.zeros_like(r)
         carry = _CG(
-            jnp.int32(0), zero, r, r, zero, rr, least, rr * 0, jnp.int32(Status.FIXED_STEPS)
+            jnp.int32(0), zero, r, p, zero, rr, rho, least, rr * 0, jnp.int32(Status.FIXED_STEPS)
         )
         carry = iterate(
             step, carry, steps, lambda c: (c.rr > tol**2) & (c.status == int(Status.FIXED_STEPS))
         )
         ad = tree.sub(r, carry.r)
-        left, right = dot(r, ad), dot(carry.ap0, carry.x)
-        size = norm(r) * norm(ad) + norm(carry.ap0) * norm(carry.x)
+        left, right = dot(p, ad), dot(carry.ap0, carry.x)
+        size = norm(p) * norm(ad) + norm(carry.ap0) * norm(carry.x)
         skew = jnp.abs(left - right) > eps**0.5 * size
         status = status_where(skew, Status.NOT_SYMMETRIC, carry.status)
         return Correction(carry.x, carry.i, status)
 
-    return linear_solver("cg", corrected(stop, correct))
+    return linear_solver("cg", corrected(stop, correct), preconditioner=preconditioner, ridge=ridge)
 
 
 @printed
@@ -122,6 +141,8 @@ def normal_cg(
     max_steps: int | None = None,
     rtol: Scalar = 0.0,
     atol: Scalar = 0.0,
+    preconditioner: Preconditioner | MatVec | None = None,
+    ridge: Scalar = 0.0,
 ) -> LinearSolver:
     """Conjugate gradients on the normal equations, for any invertible I − M.
 
@@ -139,6 +160,10 @@ def normal_cg(
         max_steps: At most that many steps, with `rtol` and `atol`.
         rtol: Relative tolerance on the true residual, ‖b − (I − M)x‖ ≤ rtol ‖b‖.
         atol: Absolute tolerance on the same.
+        preconditioner: P ≈ (I − J)⁻¹: `nystrom`, `inverse`, or a linear function u ↦ P u, whose
+            transpose is taken where the system is that of Jᵀ.
+        ridge: ρ ≥ 0: the system solved, and its residual, are those of (I − M + ρI) x = b. That is a
+            bias: relative to x it is at most ρ ‖(I − M)⁻¹‖, whatever the tolerance.
 
     Returns:
         A `LinearSolver`.
@@ -181,7 +206,7 @@ def normal_cg(
             beta = jnp.where(live, ss / jnp.where(live, c.rr, 1.0), 0.0)
             p = tree.where(live, tree.add_scale(s, beta, c.p), c.p)
             rr = jnp.where(live, ss, c.rr)
-            return _CG(c.i + 1, x, r, p, c.ap0, rr, c.least, scale, c.status)
+            return _CG(c.i + 1, x, r, p, c.ap0, rr, rr, c.least, scale, c.status)
 
         s = transpose(r)[0]
         ss = dot(s, s)
@@ -191,6 +216,7 @@ def normal_cg(
             r,
             s,
             (),
+            ss,
             ss,
             ss * (NEGLIGIBLE * eps) ** 2,
             ss * 0,
@@ -206,11 +232,16 @@ def normal_cg(
         status = status_where(singular, Status.SINGULAR, carry.status)
         return Correction(carry.x, carry.i, status)
 
-    return linear_solver("normal_cg", corrected(stop, correct))
+    return linear_solver(
+        "normal_cg",
+        corrected(stop, from_the_right(correct)),
+        preconditioner=preconditioner,
+        ridge=ridge,
+    )
 
 
 class _CG(NamedTuple):
-    """The carry of CG: iterate, residual, direction, A p₀, ‖r‖², and the guards."""
+    """The carry of CG: iterate, residual, direction, A p₀, ‖r‖², ⟨r, P r⟩, and the guards."""
 
     i: jax.Array
     x: PyTree
@@ -218,6 +249,7 @@ class _CG(NamedTuple):
     p: PyTree
     ap0: PyTree
     rr: jax.Array
+    rho: jax.Array
     least: jax.Array
     scale: jax.Array
     status: jax.Array

@@ -4,14 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from ..errors import check_count, show
-from ..mapped_axes import varying_alike
 from ..printing import printed
 from ..real_form import COMPUTATION, norm, random_signs
-from ..types import LinearSolver, PyTree, SolveInfo, Status, status_where
+from ..types import LinearSolver, MatVec, PyTree, SolveInfo, Status, status_where
+from .preconditioner import Preconditioner, materialised
 from .system import System, linear_solver, tree
 
 
@@ -57,15 +56,11 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
                 f"`dense` would materialise a {b.size} by {b.size} matrix, more than its "
                 f"`max_size`={max_size}; use `cg`, `gmres` or `fp`, or raise `max_size`."
             )
-        rows = lax.map(
-            lambda e: ravel_pytree(system.product(unravel(e)))[0],
-            varying_alike((jnp.eye(b.size, dtype=b.dtype), b))[0],
-            batch_size=block_size,
-        )
-        factors = jax.scipy.linalg.lu_factor(rows.T)
+        matrix = materialised(system.product, b, unravel, block_size)
+        factors = jax.scipy.linalg.lu_factor(matrix)
         x = jax.scipy.linalg.lu_solve(factors, b)
         # eps ‖A‖ ‖x‖ is the backward error of LU; where it is as large as b, x means nothing.
-        size = jnp.linalg.norm(rows)
+        size = jnp.linalg.norm(matrix)
         noise = system.eps * size * norm(x)
         singular = ~(noise < system.noise * system.norm) & (system.norm > 0) & jnp.isfinite(size)
         # A b that lies in the range of a singular A tells nothing of it, and x has any part along its
@@ -84,7 +79,9 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
 
 
 @printed
-def from_lineax(solver: Any) -> LinearSolver:
+def from_lineax(
+    solver: Any, *, preconditioner: Preconditioner | MatVec | None = None
+) -> LinearSolver:
     """Any solver of the package lineax, such as `lineax.GMRES(1e-6, 1e-6)`, as a `LinearSolver`.
 
     lineax gets I − M as a `FunctionLinearOperator` on the real form of b.
@@ -101,6 +98,7 @@ def from_lineax(solver: Any) -> LinearSolver:
 
     Args:
         solver: A `lineax.AbstractLinearSolver` for square operators.
+        preconditioner: P ≈ (I − J)⁻¹ for `lineax.CG`, `lineax.GMRES` or `lineax.BiCGStab`, as in `cg`.
 
     Returns:
         A `LinearSolver`. It has converged where the residual, computed here, is within ten times what
@@ -109,7 +107,7 @@ def from_lineax(solver: Any) -> LinearSolver:
 
     Raises:
         ImportError: Where lineax is not installed; the extra `lineax` installs it.
-        TypeError: `solver` is not a solver of lineax.
+        TypeError: `solver` is not a solver of lineax, or not one that takes the preconditioner.
 
     >>> import jax.numpy as jnp
     >>> import lineax  # The extras `lineax` and `test` install it.
@@ -134,6 +132,14 @@ def from_lineax(solver: Any) -> LinearSolver:
     inner: Any = getattr(solver, "inner_solver", solver)
     iterative = hasattr(inner, "rtol")
 
+    if preconditioner is not None and not isinstance(
+        solver, lineax.CG | lineax.GMRES | lineax.BiCGStab
+    ):
+        raise TypeError(
+            "`from_lineax` has a `preconditioner` for `CG`, `GMRES` and `BiCGStab`, got "
+            f"{show(solver)}."
+        )
+
     def solve(system: System) -> tuple[PyTree, SolveInfo]:
         structure = jax.eval_shape(lambda: system.b)
         tags = (lineax.positive_semidefinite_tag,) if isinstance(solver, lineax.CG) else ()
@@ -143,8 +149,14 @@ def from_lineax(solver: Any) -> LinearSolver:
             matrix = operator.as_matrix()
             b, unravel = ravel_pytree(b)
             operator, size = lineax.MatrixLinearOperator(matrix), jnp.linalg.norm(matrix)
-        y0 = {"y0": system.x0} if iterative and system.x0 is not None else {}
-        solution = lineax.linear_solve(operator, b, solver, options=y0, throw=False)
+        options: dict[str, Any] = {}
+        if iterative and system.x0 is not None:
+            options["y0"] = system.x0
+        if system.precondition is not None:
+            options["preconditioner"] = lineax.FunctionLinearOperator(
+                system.precondition, structure, tags
+            )
+        solution = lineax.linear_solve(operator, b, solver, options=options, throw=False)
         ok = solution.result == lineax.RESULTS.successful
         steps = solution.stats.get("num_steps", 1)
         # Iterative solvers of lineax answer a residual of 0 with 0/0, and call some breakdowns a
@@ -174,4 +186,6 @@ def from_lineax(solver: Any) -> LinearSolver:
         status = status_where(missed, Status.MAX_STEPS, status)
         return x, system.fixed(steps, x, status)
 
-    return linear_solver("from_lineax", solve, scaled=False, direct=True)
+    return linear_solver(
+        "from_lineax", solve, scaled=False, direct=True, preconditioner=preconditioner
+    )

@@ -81,7 +81,8 @@ def linear_solve(
         return solve
 
     def transpose(m: Jacobian) -> Jacobian:
-        return m.replaced(lambda u: jax.linear_transpose(m.known, b)(u)[0])
+        other = m.replaced(lambda u: jax.linear_transpose(m.known, b)(u)[0])
+        return other._replace(transposed=not m.transposed)
 
     def complement(m: Jacobian) -> MatVec:
         return m.complement or (lambda u: optax.tree.sub(u, m(u)))

@@ -11,8 +11,9 @@ from ..iteration import stopping
 from ..mapped_axes import steady
 from ..printing import printed
 from ..real_form import NEGLIGIBLE, VALUE, combined
-from ..types import LinearSolver, PyTree, Scalar, Status, is_failure, status_where
-from .system import Correction, System, corrected, linear_solver, tree
+from ..types import LinearSolver, MatVec, PyTree, Scalar, Status, is_failure, status_where
+from .preconditioner import Preconditioner
+from .system import Correction, System, corrected, from_the_right, linear_solver, tree
 from .tunable import tunable
 
 
@@ -24,6 +25,8 @@ def gmres(
     max_steps: int | None = None,
     rtol: Scalar = 0.0,
     atol: Scalar = 0.0,
+    preconditioner: Preconditioner | MatVec | None = None,
+    ridge: Scalar = 0.0,
     restart: int = 30,
 ) -> LinearSolver:
     """GMRES for any invertible I − M, restarted every `restart` steps.
@@ -44,6 +47,10 @@ def gmres(
         max_steps: At most that many steps, with `rtol` and `atol`.
         rtol: Relative tolerance on the true residual, ‖b − (I − M)x‖ ≤ rtol ‖b‖.
         atol: Absolute tolerance on the same.
+        preconditioner: P ≈ (I − J)⁻¹: `nystrom`, `inverse`, or a linear function u ↦ P u, whose
+            transpose is taken where the system is that of Jᵀ.
+        ridge: ρ ≥ 0: the system solved, and its residual, are those of (I − M + ρI) x = b. That is a
+            bias: relative to x it is at most ρ ‖(I − M)⁻¹‖, whatever the tolerance.
         restart: Steps in one cycle.
 
     Returns:
@@ -92,7 +99,12 @@ def gmres(
         ended = system.steps_status(norm, start, x)
         return Correction(x, taken, status_where(is_failure(status), status, ended))
 
-    return linear_solver("gmres", corrected(stop, correct, reduction=0.99))
+    return linear_solver(
+        "gmres",
+        corrected(stop, from_the_right(correct), reduction=0.99),
+        preconditioner=preconditioner,
+        ridge=ridge,
+    )
 
 
 @printed
@@ -103,6 +115,8 @@ def bicgstab(
     max_steps: int | None = None,
     rtol: Scalar = 0.0,
     atol: Scalar = 0.0,
+    preconditioner: Preconditioner | MatVec | None = None,
+    ridge: Scalar = 0.0,
 ) -> LinearSolver:
     """BiCGStab for any invertible I − M, in short recurrences.
 
@@ -119,6 +133,10 @@ def bicgstab(
         max_steps: At most that many steps, with `rtol` and `atol`.
         rtol: Relative tolerance on the true residual, ‖b − (I − M)x‖ ≤ rtol ‖b‖.
         atol: Absolute tolerance on the same.
+        preconditioner: P ≈ (I − J)⁻¹: `nystrom`, `inverse`, or a linear function u ↦ P u, whose
+            transpose is taken where the system is that of Jᵀ.
+        ridge: ρ ≥ 0: the system solved, and its residual, are those of (I − M + ρI) x = b. That is a
+            bias: relative to x it is at most ρ ‖(I − M)⁻¹‖, whatever the tolerance.
 
     Returns:
         A `LinearSolver`.
@@ -185,7 +203,12 @@ def bicgstab(
         status = status_where(singular, Status.SINGULAR, status)
         return Correction(c.x, c.i, status_where(jnp.isfinite(c.norm), status, Status.NON_FINITE))
 
-    return linear_solver("bicgstab", corrected(stop, correct, reduction=0.9))
+    return linear_solver(
+        "bicgstab",
+        corrected(stop, from_the_right(correct), reduction=0.9),
+        preconditioner=preconditioner,
+        ridge=ridge,
+    )
 
 
 class _BiCGStab(NamedTuple):

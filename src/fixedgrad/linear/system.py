@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 
-from ..errors import check_callable, check_inexact, check_same
+from ..errors import check_callable, check_inexact, check_number, check_same
 from ..iteration import Measured, Stopping, joint_tolerance, verdict
 from ..leaves import traced_once
 from ..mapped_axes import steady
@@ -22,6 +23,7 @@ from ..real_form import (
     resolution,
 )
 from ..types import (
+    Jacobian,
     LinearSolver,
     MatVec,
     PyTree,
@@ -33,6 +35,8 @@ from ..types import (
     solve_info,
     status_where,
 )
+from .preconditioner import Built, Preconditioner, applied, check_preconditioner
+from .tunable import Tunable
 
 tree = optax.tree
 
@@ -49,6 +53,7 @@ class System(NamedTuple):
         norm: ‖b‖.
         scale: What b and x were divided by.
         eps: What a product can resolve.
+        precondition: The product with P ≈ A⁻¹; `None` for none.
     """
 
     matvec: MatVec
@@ -59,6 +64,7 @@ class System(NamedTuple):
     norm: jax.Array
     scale: jax.Array
     eps: float
+    precondition: MatVec | None = None
 
     def residual(self, x: PyTree) -> PyTree:
         return tree.sub(self.b, self.product(x))
@@ -119,6 +125,20 @@ class Correction(NamedTuple):
     status: jax.Array | Status
 
 
+def from_the_right(correct: Callable) -> Callable:
+    """The method on A P y = r, for d = P y."""
+
+    def preconditioned(system: System, *args: Any) -> Correction:
+        precondition = system.precondition
+        if precondition is None:
+            return correct(system, *args)
+        at = system._replace(product=lambda u: system.product(precondition(u)), precondition=None)
+        done = correct(at, *args)
+        return done._replace(d=precondition(done.d))
+
+    return preconditioned
+
+
 def corrected(stop: Stopping, correct: Callable, reduction: float = 0.5) -> Callable:
     """A solve by corrections x ← x + d, d ≈ A⁻¹ (b − A x), each from the true residual.
 
@@ -176,12 +196,16 @@ def linear_solver(
     *,
     scaled: bool = True,
     direct: bool = False,
+    preconditioner: Any = None,
+    ridge: Scalar = 0.0,
 ) -> LinearSolver:
     """The common frame of all solvers: the real form, and zero for a zero right-hand side.
 
     `scaled` is for solvers that square the entries of b, `direct` for those that cannot solve a system
-    which collectives spread over a mapped axis.
+    which collectives spread over a mapped axis. With a ridge ρ the system is (I − M + ρI) x = b.
     """
+    check_preconditioner(where, preconditioner)
+    check_number(where, "ridge", ridge, lambda x: 0 <= x < jnp.inf, "a finite number >= 0")
 
     def solver(matvec: MatVec, b: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
         check_callable(where, "matvec", matvec, "matvec(x) -> M x")
@@ -210,17 +234,54 @@ def linear_solver(
         if x0 is not None:
             start = tree.where(norm > 0, tree.scale(1 / scale, to_real(x0)), tree.zeros_like(real))
 
-        def in_real_form(product: MatVec) -> MatVec:
-            return lambda u: to_real(product(from_real(u)))
-
-        matvec = in_real_form(m.product)
-        if m.complement is None:  # Subtracted in the real form, which may be wider.
-            product = lambda u: tree.sub(u, matvec(u))  # noqa: E731
-        else:
-            product = in_real_form(m.complement)
+        matvec, product = in_real_form(m, to_real, from_real, ridge)
         system = System(matvec, product, real, start, space, norm, scale, resolution(b))
+        if preconditioner is not None:
+            p = applied(preconditioner, m, product, b, real, space, to_real, from_real)
+            system = system._replace(precondition=p)
         x, info = solve(system)
         info = info._replace(residual=info.residual * scale, tolerance=info.tolerance * scale)
         return from_real(tree.scale(scale, x)), info
 
     return solver
+
+
+def in_real_form(
+    m: Jacobian,
+    to_real: Callable[[PyTree], PyTree],
+    from_real: Callable[[PyTree], PyTree],
+    ridge: Scalar,
+) -> tuple[MatVec, MatVec]:
+    """Products with M − ρI and with A = I − M + ρI."""
+
+    def real_form(product: MatVec) -> MatVec:
+        return lambda u: to_real(product(from_real(u)))
+
+    of_m = real_form(m.product)
+    # Subtracted in the real form, which may be wider.
+    of_a = real_form(m.complement) if m.complement else (lambda u: tree.sub(u, of_m(u)))
+    if not isinstance(ridge, Tracer) and float(ridge) == 0:
+        return of_m, of_a
+
+    def plus(product: MatVec, sign: float) -> MatVec:
+        return lambda u: jax.tree.map(
+            lambda a, x: a + jnp.asarray(sign * ridge, x.dtype) * x, product(u), u
+        )
+
+    return plus(of_m, -1.0), plus(of_a, 1.0)
+
+
+def with_built_preconditioner(
+    linear_solver: LinearSolver, matvec: MatVec, b: PyTree
+) -> LinearSolver:
+    """The solver with its preconditioner made for this system, to be kept for those close to it."""
+    options = getattr(linear_solver, "options", {})
+    preconditioner = options.get("preconditioner")
+    if not (isinstance(linear_solver, Tunable) and isinstance(preconditioner, Preconditioner)):
+        return linear_solver
+    m = jacobian(matvec)
+    known, _, jaxpr = traced_once(m.known, b)
+    to_real, from_real = realified(b)
+    _, product = in_real_form(m.replaced(known), to_real, from_real, options.get("ridge", 0.0))
+    state = preconditioner.build(product, to_real(b), Space.of(jaxpr, b))
+    return linear_solver.replaced(preconditioner=Built(preconditioner, state, m.transposed))

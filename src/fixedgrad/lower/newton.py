@@ -19,6 +19,7 @@ from ..failure import check_on_failure
 from ..iteration import Measured, stopping, verdict
 from ..leaves import partition, started, stopped_by_residual
 from ..linear import gmres
+from ..linear.system import with_built_preconditioner
 from ..linear.tunable import loosened
 from ..mapped_axes import run_if, steady
 from ..printing import printed
@@ -117,12 +118,14 @@ def newton(
         def judge(w: PyTree, image: PyTree) -> Measured:
             return lower.measured(stop, w, image)
 
+        at_start, product = jax.linearize(lambda u: equation.residual(u, ()), w_x)
+        kept = with_built_preconditioner(linear_solver, Jacobian.from_complement(product), at_start)
         s = newton_krylov(
             equation,
             (),
             w_x,
             judge,
-            lambda rtol: loosened(linear_solver, rtol),
+            lambda rtol: loosened(kept, rtol),
             lambda s: s.num_steps < stop.max_steps,
             _HALVINGS,
         )
