@@ -549,6 +549,12 @@ OTHER_ROWS = [
         lambda: decorated(half, lambda w0, *_, **__: w0)(ONES, ONES, 1.0, c=2.0),
     ),
     Row(
+        "an extrapolation of the third order",
+        ValueError,
+        "`order` of `extrapolated` must be 0, 1 or 2, got 3",
+        lambda: fg.extrapolated(order=3),
+    ),
+    Row(
         "a preconditioner that is none",
         TypeError,
         "`preconditioner` of `cg` must be a `Preconditioner`, got 3 of type `int`; write",

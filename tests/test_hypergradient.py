@@ -28,8 +28,14 @@ EPS = float(jnp.finfo(jnp.float64).eps)
 ROOT = PROBLEM["square root"]
 STARTS = pytest.mark.parametrize(
     "start",
-    [fg.cold(), fg.warm(), fg.separately(w=fg.warm(), v=fg.cold())],
-    ids=["cold", "warm", "w warm, v cold"],
+    [
+        fg.cold(),
+        fg.warm(),
+        fg.separately(w=fg.warm(), v=fg.cold()),
+        fg.extrapolated(),
+        fg.separately(w=fg.extrapolated(order=2), v=fg.warm()),
+    ],
+    ids=["cold", "warm", "w warm, v cold", "extrapolated", "w extrapolated, v warm"],
 )
 
 
@@ -336,6 +342,99 @@ def test_w_can_start_warm_and_v_cold():
     cold, warm, both = (steps_of_two_updates(start, 1.0) for start in (fg.cold(), fg.warm(), paper))
     assert both[0] == cold[0]
     assert both[1] == (warm[1][0], cold[1][1])
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_an_extrapolated_start_is_exact_on_polynomials_of_its_order(order):
+    # w = v = λ^order on an even grid of λ: the next point is met, one of a higher degree missed by
+    # a difference of that order, which is (order + 1)!.
+    start = fg.extrapolated(order=order)
+    for degree, error in ((order, 0.0), (order + 1, [1.0, 2.0, 6.0][order])):
+        memory = start.init(jnp.zeros(2), jnp.zeros(2))
+        for lam in (3.0, 4.0, 5.0):
+            memory = start.record(memory, jnp.full(2, lam**degree), jnp.full(2, -(lam**degree)))
+        w, v = start.propose(memory)
+        np.testing.assert_allclose(w, 6.0**degree - error, rtol=1e-12)
+        np.testing.assert_allclose(v, error - 6.0**degree, rtol=1e-12)
+
+
+def test_an_extrapolated_start_is_warm_before_it_knows_enough_and_keeps_integers():
+    start = fg.extrapolated()
+    first = {"w": jnp.ones(()), "n": jnp.asarray(3)}
+    memory = start.init(first, {"w": jnp.zeros(()), "n": jnp.asarray(3)})
+    assert float(start.propose(memory)[0]["w"]) == 1.0
+    later = {"w": jnp.asarray(5.0), "n": jnp.asarray(3)}
+    memory = start.record(memory, later, later)
+    assert float(start.propose(memory)[0]["w"]) == 5.0
+    memory = start.record(memory, {"w": jnp.asarray(6.0), "n": jnp.asarray(4)}, None)
+    w, _ = start.propose(memory)
+    assert float(w["w"]) == 7.0
+    assert int(w["n"]) == 4
+
+
+def steps_of_a_loop(start, preconditioner=None, num_updates=12):
+    """Steps of both stages on a logistic regression, over gradient steps on λ; and its gradients."""
+    x, y = jnp.asarray(matrix(60, 9.0, 80, 40)), jnp.sign(jnp.cos(3.0 * jnp.arange(80.0)))
+
+    def loss(w, lam):
+        fit = jnp.mean(jnp.logaddexp(0.0, -y * (x @ w)))
+        return fit + 0.5 * jnp.sum(jnp.exp(lam) * w**2)
+
+    phi = fg.gradient_descent(loss, step_size=1.0)
+    cg = fg.cg(max_steps=100, rtol=1e-4, preconditioner=preconditioner)
+    solver = fg.newton(phi, max_steps=30, rtol=1e-9, linear_solver=cg)
+    hypergrad = fg.hypergradient(
+        lambda w, lam: jnp.sum((w - 0.1) ** 2), phi, solver, fg.aid(cg), start=start
+    )
+
+    def step(carry, _):
+        state, lam = carry
+        grad, state = hypergrad.update(state, lam)
+        return (state, lam - 0.1 * grad), (state.info.lower.num_steps, state.info.linear, grad)
+
+    lam = jnp.full(40, -6.0)
+    (state, _), (lower, linear, grads) = jax.jit(
+        lambda state: lax.scan(step, (state, lam), None, length=num_updates)
+    )(hypergrad.init(jnp.zeros(40), lam))
+    assert bool(jnp.all(linear.converged))
+    return np.asarray(lower), np.asarray(linear.num_steps), np.asarray(grads), state
+
+
+def test_an_extrapolated_start_takes_fewer_steps_than_a_warm_one():
+    _, cold, wanted, _ = steps_of_a_loop(fg.cold())
+    _, warm, grads, _ = steps_of_a_loop(fg.warm())
+    _, onward, gradients, _ = steps_of_a_loop(fg.extrapolated())
+    assert onward.sum() < warm.sum() < cold.sum()
+    assert onward[3:].sum() <= 0.95 * warm[3:].sum()
+    for got in (grads, gradients):
+        assert_close(got, wanted, 1e-3)
+
+
+@pytest.mark.parametrize("make", [fg.inverse, lambda every: fg.nystrom(rank=20, every=every)])
+def test_a_preconditioner_is_kept_from_update_to_update(make):
+    _, plain, wanted, _ = steps_of_a_loop(fg.warm())
+    _, kept, grads, state = steps_of_a_loop(fg.warm(), make(every=5))
+    _, always, _, _ = steps_of_a_loop(fg.warm(), make(every=1))
+    assert_close(grads, wanted, 1e-3)
+    assert kept.sum() < 0.9 * plain.sum()
+    assert always.sum() <= kept.sum() + 5
+    # Made at the 1st, 6th and 11th update, and used twice since; or earlier, where steps rose.
+    assert 1 <= int(state.kept.uses) <= 5
+    assert not np.any(kept > 2 * max(kept[0], kept[5]) + 3)
+
+
+def test_a_preconditioner_that_was_kept_through_a_failure_is_made_anew():
+    cg = fg.cg(max_steps=9, rtol=1e-9, preconditioner=fg.inverse(every=100))
+    hypergrad = explicit(PROBLEM["ridge"], fg.aid(cg), start=fg.warm())
+    state = hypergrad.init(PROBLEM["ridge"].w0, PROBLEM["ridge"].lam)
+    assert int(state.kept.uses) == 0
+    _, state = hypergrad.update(state, PROBLEM["ridge"].lam)
+    assert int(state.kept.uses) == 1
+    _, bad = hypergrad.update(state, jnp.full_like(PROBLEM["ridge"].lam, jnp.nan))
+    assert int(bad.kept.uses) == 0
+    grad, state = hypergrad.update(bad, PROBLEM["ridge"].lam)
+    assert int(state.kept.uses) == 1
+    assert_close(grad, PROBLEM["ridge"].gradient(), 1e-7)
 
 
 def test_warm_start_with_exact_steps_comes_closer_with_every_update():

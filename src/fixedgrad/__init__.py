@@ -46,6 +46,7 @@ from .hypergradient import HypergradientInfo as HypergradientInfo
 from .hypergradient import HypergradientState as HypergradientState
 from .hypergradient import Start as Start
 from .hypergradient import cold as cold
+from .hypergradient import extrapolated as extrapolated
 from .hypergradient import hypergradient as hypergradient
 from .hypergradient import separately as separately
 from .hypergradient import warm as warm
@@ -132,6 +133,7 @@ __all__ = [
     "cold",
     "damped",
     "dense",
+    "extrapolated",
     "fixed_point",
     "forward",
     "fp",

@@ -180,7 +180,7 @@ def aid(linear_solver: LinearSolver) -> Estimator:
         at = equation.jvp(w, x)
         return solve(linear_solver, at.j, at.b(x_dot))[0]
 
-    return Implicit(vjp, jvp)
+    return Implicit(vjp, jvp, linear_solver=linear_solver)
 
 
 def forward(estimator: Estimator) -> Estimator:

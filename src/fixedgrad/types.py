@@ -296,6 +296,7 @@ class Implicit(NamedTuple):
         refine: `(equation, w, x) -> w`: what becomes of the solver's w.
         every_mode: Whether `fixed_point` installs the forward rule alone, from which JAX derives the
             reverse mode by transposition; else the reverse rule, and no plain `jvp`.
+        linear_solver: What the rules run, where that is one; `None` where it is not.
         name: How it prints: as the call that made it.
     """
 
@@ -303,6 +304,7 @@ class Implicit(NamedTuple):
     jvp: ForwardRule
     refine: Callable[[Any, PyTree, PyTree], PyTree] = Unrefined()
     every_mode: bool = False
+    linear_solver: Any = None
     name: str = "Implicit(...)"
 
     def __repr__(self) -> str:

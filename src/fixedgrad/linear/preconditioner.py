@@ -29,11 +29,14 @@ class Preconditioner(NamedTuple):
     Attributes:
         build: `(product, like, space) -> state`; `like` is the right-hand side.
         apply: `(state, u, space) -> P u`, linear in u.
+        every: In the explicit form P is made anew in every so many updates, and where a solve takes
+            more than twice the steps that it took when P was new.
         name: How it prints: as the call that made it.
     """
 
     build: Callable[[MatVec, PyTree, Space], PyTree]
     apply: Callable[[PyTree, PyTree, Space], PyTree]
+    every: int = 1
     name: str = "Preconditioner(...)"
 
     def __repr__(self) -> str:
@@ -55,7 +58,7 @@ class Built(NamedTuple):
 
 
 @printed
-def nystrom(*, rank: int, seed: int = 0) -> Preconditioner:
+def nystrom(*, rank: int, seed: int = 0, every: int = 10) -> Preconditioner:
     """The randomised Nyström preconditioner, for A = I − M symmetric and positive semidefinite.
 
     With a random Ω of `rank` columns and Y = AΩ, A ≈ Y (ΩᵀY)⁻¹ Yᵀ = U diag(s) Uᵀ, and
@@ -75,12 +78,14 @@ def nystrom(*, rank: int, seed: int = 0) -> Preconditioner:
     Args:
         rank: Columns of Ω; at most the number of unknowns are taken.
         seed: Of Ω: the same one every time.
+        every: In the explicit form it is made anew in every so many updates, and where a solve takes
+            more than twice the steps that it took when P was new.
 
     Returns:
         A `Preconditioner`.
 
     Raises:
-        ValueError: `rank` is not a positive integer.
+        ValueError: `rank` or `every` is not a positive integer.
 
     >>> import fixedgrad as fg
     >>> curvature = 1e-3 + jnp.geomspace(1.0, 1e-7, 100)
@@ -93,6 +98,7 @@ def nystrom(*, rank: int, seed: int = 0) -> Preconditioner:
         Frangella, Tropp, Udell, Randomized Nyström Preconditioning, 2023.
     """
     check_count("nystrom", "rank", rank)
+    check_count("nystrom", "every", every)
 
     def build(product: MatVec, like: PyTree, space: Space) -> PyTree:
         columns = min(rank, sum(x.size for x in jax.tree.leaves(like)))
@@ -127,11 +133,11 @@ def nystrom(*, rank: int, seed: int = 0) -> Preconditioner:
         u, weights = state
         return tree.add(x, combined(u, weights * space.coefficients(u, x)))
 
-    return Preconditioner(build, apply)
+    return Preconditioner(build, apply, every)
 
 
 @printed
-def inverse(*, max_size: int = 4096, block_size: int = 128) -> Preconditioner:
+def inverse(*, max_size: int = 4096, block_size: int = 128, every: int = 10) -> Preconditioner:
     """(I − M)⁻¹ as a matrix: what `dense` solves by, kept for systems that are close to this one.
 
     Cost: to make it d products, in blocks of `block_size`, and 2 d³ operations; to apply it 2 d².
@@ -142,6 +148,7 @@ def inverse(*, max_size: int = 4096, block_size: int = 128) -> Preconditioner:
     Args:
         max_size: The largest number of real unknowns that is accepted.
         block_size: Unit vectors in one product.
+        every: As in `nystrom`.
 
     Returns:
         A `Preconditioner`.
@@ -163,6 +170,7 @@ def inverse(*, max_size: int = 4096, block_size: int = 128) -> Preconditioner:
     """
     check_count("inverse", "max_size", max_size)
     check_count("inverse", "block_size", block_size)
+    check_count("inverse", "every", every)
 
     def build(product: MatVec, like: PyTree, space: Space) -> PyTree:
         if any(space.axes):
@@ -183,7 +191,7 @@ def inverse(*, max_size: int = 4096, block_size: int = 128) -> Preconditioner:
         flat, unravel = ravel_pytree(x)
         return unravel(jnp.matmul(state, flat, precision="highest"))
 
-    return Preconditioner(build, apply)
+    return Preconditioner(build, apply, every)
 
 
 def materialised(

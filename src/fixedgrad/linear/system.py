@@ -271,17 +271,57 @@ def in_real_form(
     return plus(of_m, -1.0), plus(of_a, 1.0)
 
 
-def with_built_preconditioner(
-    linear_solver: LinearSolver, matvec: MatVec, b: PyTree
-) -> LinearSolver:
-    """The solver with its preconditioner made for this system, to be kept for those close to it."""
-    options = getattr(linear_solver, "options", {})
-    preconditioner = options.get("preconditioner")
-    if not (isinstance(linear_solver, Tunable) and isinstance(preconditioner, Preconditioner)):
-        return linear_solver
-    m = jacobian(matvec)
-    known, _, jaxpr = traced_once(m.known, b)
-    to_real, from_real = realified(b)
-    _, product = in_real_form(m.replaced(known), to_real, from_real, options.get("ridge", 0.0))
-    state = preconditioner.build(product, to_real(b), Space.of(jaxpr, b))
-    return linear_solver.replaced(preconditioner=Built(preconditioner, state, m.transposed))
+class Kept(NamedTuple):
+    """The state of a preconditioner from update to update.
+
+    Attributes:
+        state: Of the preconditioner, made from products with Jᵀ.
+        uses: Solves that it has served; 0 before it is made.
+        first: The steps of the first of them.
+        last: The steps of the last of them.
+    """
+
+    state: PyTree
+    uses: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+    def due(self, every: int) -> jax.Array:
+        """Whether it is to be made anew."""
+        return (self.uses == 0) | (self.uses >= every) | (self.last > 2 * self.first + 1)
+
+
+class Reusable(NamedTuple):
+    """A linear solver whose preconditioner somebody keeps: made for one system, used for others.
+
+    Attributes:
+        linear_solver: The solver.
+        preconditioner: What it makes for each system anew, by itself.
+    """
+
+    linear_solver: Tunable
+    preconditioner: Preconditioner
+
+    @classmethod
+    def of(cls, linear_solver: object) -> "Reusable | None":
+        """`None` for a solver that makes none."""
+        if not isinstance(linear_solver, Tunable):
+            return None
+        preconditioner = linear_solver.options.get("preconditioner")
+        if not isinstance(preconditioner, Preconditioner):
+            return None
+        return cls(linear_solver, preconditioner)
+
+    def state(self, matvec: MatVec, b: PyTree) -> PyTree:
+        """The state of the preconditioner for this system."""
+        m = jacobian(matvec)
+        known, _, jaxpr = traced_once(m.known, b)
+        to_real, from_real = realified(b)
+        ridge = self.linear_solver.options.get("ridge", 0.0)
+        _, product = in_real_form(m.replaced(known), to_real, from_real, ridge)
+        return self.preconditioner.build(product, to_real(b), Space.of(jaxpr, b))
+
+    def using(self, state: PyTree, *, transposed: bool) -> LinearSolver:
+        """The solver with the preconditioner of this state; of a system with Jᵀ, or with J."""
+        built = Built(self.preconditioner, state, transposed)
+        return self.linear_solver.replaced(preconditioner=built)

@@ -4,6 +4,7 @@ With F(w) = w − Φ(w) and A = ∂₁F = I − J a step is w ← w − e, A e �
 use.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from ..failure import check_on_failure
 from ..iteration import Measured, stopping, verdict
 from ..leaves import partition, started, stopped_by_residual
 from ..linear import gmres
-from ..linear.system import with_built_preconditioner
+from ..linear.system import Kept, Reusable
 from ..linear.tunable import loosened
 from ..mapped_axes import run_if, steady
 from ..printing import printed
@@ -106,8 +107,11 @@ def newton(
     check_on_failure("newton", on_failure)
     stop = stopping("newton", None, max_steps, rtol, atol)
 
-    @Compiled
-    def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
+    reusable = Reusable.of(linear_solver)
+
+    def solve_with(
+        kept: Kept | None, w0: PyTree, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
+    ) -> tuple[PyTree, SolveInfo]:
         w0 = started("newton", phi, w0, args, kwargs)
         equation = Equation.of("newton", phi, w0, (), lambda _: (args, kwargs), "`w0`")
         w_x, w_rest, join = partition(w0)
@@ -118,14 +122,19 @@ def newton(
         def judge(w: PyTree, image: PyTree) -> Measured:
             return lower.measured(stop, w, image)
 
-        at_start, product = jax.linearize(lambda u: equation.residual(u, ()), w_x)
-        kept = with_built_preconditioner(linear_solver, Jacobian.from_complement(product), at_start)
+        preconditioned = linear_solver
+        if reusable is not None:  # Made once, at the start: on the way I − J changes little.
+            transposed = kept is not None
+            at = equation.vjp(w_x, ()) if transposed else equation.jvp(w_x, ())
+            state = functools.partial(reusable.state, at.j, w_x)
+            state = run_if(kept.uses == 0, state, kept.state) if kept else state()
+            preconditioned = reusable.using(state, transposed=transposed)
         s = newton_krylov(
             equation,
             (),
             w_x,
             judge,
-            lambda rtol: loosened(kept, rtol),
+            lambda rtol: loosened(preconditioned, rtol),
             lambda s: s.num_steps < stop.max_steps,
             _HALVINGS,
         )
@@ -138,7 +147,13 @@ def newton(
         info = solve_info(info.num_steps, info.residual, status, info.tolerance)
         return stopped_by_residual("newton", join(s.w, w_rest)), info
 
-    return CheckedSolver(solve, on_failure, phi)
+    @Compiled
+    def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
+        return solve_with(None, w0, args, kwargs)
+
+    if reusable is None:
+        return CheckedSolver(solve, on_failure, phi)
+    return CheckedSolver(solve, on_failure, phi, (reusable.preconditioner, solve_with))
 
 
 class Newton(NamedTuple):

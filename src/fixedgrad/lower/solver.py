@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +39,15 @@ class CheckedSolver:
         with_info: `(w0, *args, **kwargs) -> (w, SolveInfo)`.
         on_failure: The policy of a direct call, which has nowhere to put the info.
         phi: The map whose fixed point it looks for.
+        preconditioned: The `Preconditioner` of its linear solves, where it has one, and itself as a
+            function `(kept, w0, args, kwargs) -> (w, SolveInfo)` of a `Kept` state of that.
         name: How it prints: as the call that made it.
     """
 
     with_info: Callable[..., tuple[PyTree, SolveInfo]]
     on_failure: OnFailure
     phi: Phi
+    preconditioned: tuple[Any, Callable[..., tuple[PyTree, SolveInfo]]] | None = None
     name: str = "CheckedSolver(...)"
 
     def __repr__(self) -> str:
