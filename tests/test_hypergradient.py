@@ -569,3 +569,22 @@ def test_update_drives_an_optax_loop_to_the_minimum():
         return lax.fori_loop(0, 60, step, start)[0]
 
     assert_close(descend(ROOT.lam), jnp.ones(3), 1e-6)
+
+
+def test_a_solver_under_vmap_is_not_taken_for_the_one_inside():
+    # `jax.vmap` copies attributes: the function of a kept preconditioner is that of one element.
+    phi = PROBLEM["ridge"].phi
+    cg = fg.cg(max_steps=9, rtol=1e-9, preconditioner=fg.inverse())
+    newton = fg.newton(phi, max_steps=9, rtol=1e-10, linear_solver=cg)
+    hypergrad = fg.hypergradient(
+        lambda w, lam: jnp.sum(jax.vmap(PROBLEM["ridge"].outer)(w, lam)),
+        jax.vmap(phi),
+        jax.vmap(newton),
+        fg.aid(cg),
+        start=fg.warm(),
+    )
+    lams = jnp.stack([PROBLEM["ridge"].lam, 0.5 * PROBLEM["ridge"].lam])
+    state = hypergrad.init(jnp.zeros((2, 4)), lams)
+    for _ in range(2):
+        grad, state = hypergrad.update(state, lams)
+    assert_close(grad, jnp.stack([PROBLEM["ridge"].gradient(lam) for lam in lams]), 1e-7)

@@ -25,7 +25,7 @@ from .leaves import (
 )
 from .linear.implicit import STAGE, implicit_solve
 from .linear.system import Kept, Reusable
-from .lower import exact_steps_info, held_to_phi, iterates, solve_with_info
+from .lower import CheckedSolver, exact_steps_info, held_to_phi, iterates, solve_with_info
 from .mapped_axes import placed_like, run_if
 from .printing import count, member, number, printed, record, shapes_in, values_of
 from .problem import Problem
@@ -207,7 +207,8 @@ def extrapolated(*, order: int = 1) -> Start:
     Cost: as `warm`. Memory: `order` + 1 times w and v.
     When not to use it: with tolerances that are not much below the change of w from update to update:
     what the solves left open is amplified by 3 (by 7). With steps of λ that change from one update to
-    the next, as of a noisy optimiser, `warm` is better.
+    the next, as of a noisy optimiser, `warm` is better. Nor where w must stay in a set, such as that of
+    positive numbers: it may lead out.
 
     Args:
         order: 0 is `warm`; 1 goes on along a line, 2 along a parabola.
@@ -353,14 +354,16 @@ def hypergradient(
     implicit = None if isinstance(estimator, Unrolled) else estimator
     reusable = None if implicit is None else Reusable.of(implicit.linear_solver)
     # One preconditioner for both stages, where they name the same: made for v, used on the way to w.
-    shared = None if reusable is None else getattr(solver, "preconditioned", None)
-    shares = shared is not None and shared[0] is reusable.preconditioner  # pyright: ignore
+    shared = None
+    if reusable is not None and isinstance(solver, CheckedSolver) and solver.preconditioned:
+        preconditioner, solve_sharing = solver.preconditioned
+        shared = solve_sharing if preconditioner is reusable.preconditioner else None
 
     def solve_lower(
         kept: Kept | None, w0: PyTree, lam: PyTree, args: tuple[PyTree, ...], kwargs: dict
     ) -> tuple[PyTree, SolveInfo | None]:
-        if kept is not None and shares and shared is not None:
-            return shared[1](kept, w0, (lam, *args), kwargs)
+        if kept is not None and shared is not None:
+            return shared(kept, w0, (lam, *args), kwargs)
         return solve_with_info(solver, w0, lam, *args, **kwargs)
 
     @Compiled

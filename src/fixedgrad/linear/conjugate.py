@@ -55,7 +55,7 @@ def cg(
             transpose is taken where the system is that of Jᵀ. Symmetric positive
             definite: a direction on which it is not is reported as `INDEFINITE`.
         ridge: ρ ≥ 0: the system solved, and its residual, are those of (I − M + ρI) x = b. That is a
-            bias: relative to x it is at most ρ ‖(I − M)⁻¹‖, whatever the tolerance.
+            bias, whatever the tolerance: relative to the x returned at most ρ ‖(I − M)⁻¹‖.
 
     Returns:
         A `LinearSolver`.
@@ -82,7 +82,7 @@ def cg(
         precondition = system.precondition
 
         def conditioned(r: PyTree, rr: jax.Array) -> tuple[PyTree, jax.Array]:
-            """Z = P r and ⟨r, z⟩."""
+            """P r, and its inner product with r."""
             if precondition is None:
                 return r, rr
             z = precondition(r)
@@ -163,7 +163,7 @@ def normal_cg(
         preconditioner: P ≈ (I − J)⁻¹: `nystrom`, `inverse`, or a linear function u ↦ P u, whose
             transpose is taken where the system is that of Jᵀ.
         ridge: ρ ≥ 0: the system solved, and its residual, are those of (I − M + ρI) x = b. That is a
-            bias: relative to x it is at most ρ ‖(I − M)⁻¹‖, whatever the tolerance.
+            bias, whatever the tolerance: relative to the x returned at most ρ ‖(I − M)⁻¹‖.
 
     Returns:
         A `LinearSolver`.

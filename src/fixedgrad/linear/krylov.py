@@ -50,7 +50,7 @@ def gmres(
         preconditioner: P ≈ (I − J)⁻¹: `nystrom`, `inverse`, or a linear function u ↦ P u, whose
             transpose is taken where the system is that of Jᵀ.
         ridge: ρ ≥ 0: the system solved, and its residual, are those of (I − M + ρI) x = b. That is a
-            bias: relative to x it is at most ρ ‖(I − M)⁻¹‖, whatever the tolerance.
+            bias, whatever the tolerance: relative to the x returned at most ρ ‖(I − M)⁻¹‖.
         restart: Steps in one cycle.
 
     Returns:
@@ -136,7 +136,7 @@ def bicgstab(
         preconditioner: P ≈ (I − J)⁻¹: `nystrom`, `inverse`, or a linear function u ↦ P u, whose
             transpose is taken where the system is that of Jᵀ.
         ridge: ρ ≥ 0: the system solved, and its residual, are those of (I − M + ρI) x = b. That is a
-            bias: relative to x it is at most ρ ‖(I − M)⁻¹‖, whatever the tolerance.
+            bias, whatever the tolerance: relative to the x returned at most ρ ‖(I − M)⁻¹‖.
 
     Returns:
         A `LinearSolver`.
