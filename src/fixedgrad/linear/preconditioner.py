@@ -102,7 +102,7 @@ def nystrom(*, rank: int, seed: int = 0, every: int = 10) -> Preconditioner:
 
     def build(product: MatVec, like: PyTree, space: Space) -> PyTree:
         columns = min(rank, sum(x.size for x in jax.tree.leaves(like)))
-        omega = _gaussian(like, columns, seed)
+        omega = _gaussian(like, columns, seed, space)
         y = _block(product, omega, columns)
         # Y (ΩᵀY)⁻¹ Yᵀ = B Bᵀ with B = Y L⁻ᵀ, LLᵀ = ΩᵀY; BᵀB has the eigenvalues s of it.
         core = space.grams(omega, y)
@@ -257,15 +257,22 @@ def applied(
     return lambda u: conjugated(jax.linear_transpose(p, real)(conjugated(u))[0])
 
 
-def _gaussian(like: PyTree, columns: int, seed: int) -> PyTree:
-    leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return treedef.unflatten(
-        [
-            jax.random.normal(k, (columns, *x.shape), x.dtype)
-            for k, x in zip(keys, leaves, strict=True)
-        ]
-    )
+def _gaussian(like: PyTree, columns: int, seed: int, space: Space) -> PyTree:
+    """Random columns of the real form, other ones on each device over which a part is spread."""
+
+    def leaf(i: int, part: PyTree, axes: tuple[str, ...]) -> PyTree:
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        for name in axes:
+            key = jax.random.fold_in(key, lax.axis_index(name))
+        leaves, treedef = jax.tree.flatten(part)
+        keys = jax.random.split(key, len(leaves))
+        pairs = zip(keys, leaves, strict=True)
+        return treedef.unflatten(
+            [jax.random.normal(k, (columns, *x.shape), x.dtype) for k, x in pairs]
+        )
+
+    parts = zip(like, space.axes, strict=True)
+    return [leaf(i, part, axes) for i, (part, axes) in enumerate(parts)]
 
 
 def _mixed(mix: jax.Array, block: PyTree) -> PyTree:
