@@ -170,6 +170,17 @@ def test_batch_runs_until_its_slowest_element_and_reports_each():
     np.testing.assert_allclose(w[::2], 1 / (1 - q[::2]), rtol=1e-9)
 
 
+@EVERY_SOLVER
+def test_a_map_that_is_a_vmap_is_solved_as_one_system(make):
+    # `vmap` leaves NumPy's integers as the axes of sums in Φ: no names of mapped axes.
+    problem = PROBLEM["ridge"]
+    solver = make(jax.vmap(problem.phi), max_steps=100, rtol=1e-9)
+    lams = jnp.stack([problem.lam, 0.5 * problem.lam])
+    w, info = solver.with_info(jnp.zeros((2, 4)), lams)
+    assert bool(info.converged)
+    assert_close(w, jax.vmap(problem.solution)(lams), 1e-7)
+
+
 def test_integer_leaves_ride_through_a_solver():
     def phi(w, lam):
         return {"w": 0.5 * w["w"] + lam, "n": w["n"]}

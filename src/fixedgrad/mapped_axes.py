@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .leaves import is_inexact, within_shard_map, without_consts
@@ -44,8 +45,10 @@ def collective_axes(jaxpr: Any) -> frozenset[str]:
         for name, value in equation.params.items():
             parts = value if isinstance(value, tuple | list) else (value,)
             if name in ("axes", "axis_name") and equation.primitive.name not in _LOCAL:
-                # Positional axes, of reductions, are integers.
-                named = frozenset(x for x in parts if x is not None and not isinstance(x, int))
+                # Positional axes, of reductions, are integers; those that `vmap` has moved, NumPy's.
+                named = frozenset(
+                    x for x in parts if x is not None and not isinstance(x, int | np.integer)
+                )
             for part in parts:
                 if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
                     inside |= collective_axes(getattr(part, "jaxpr", part))
