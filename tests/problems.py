@@ -356,7 +356,7 @@ LINEAR_SOLVERS = (
     ),
     LinearRow(
         "lineax inverse",
-        fg.from_lineax(lineax.GMRES(1e-10, 1e-10), preconditioner=fg.inverse()),
+        fg.from_lineax(lineax.BiCGStab(1e-10, 1e-10), preconditioner=fg.inverse()),
         accuracy=1e-7,
     ),
     LinearRow("lineax", fg.from_lineax(lineax.BiCGStab(1e-10, 1e-10)), accuracy=1e-7),

@@ -103,6 +103,7 @@ def nystrom(*, rank: int, seed: int = 0, every: int = 10) -> Preconditioner:
     def build(product: MatVec, like: PyTree, space: Space) -> PyTree:
         columns = min(rank, sum(x.size for x in jax.tree.leaves(like)))
         omega = _gaussian(like, columns, seed, space)
+        omega = jax.tree.map(lambda q, x: varying_alike((q, x))[0], omega, like)
         y = _block(product, omega, columns)
         # Y (ΩᵀY)⁻¹ Yᵀ = B Bᵀ with B = Y L⁻ᵀ, LLᵀ = ΩᵀY; BᵀB has the eigenvalues s of it.
         core = space.grams(omega, y)
