@@ -44,12 +44,7 @@ from .failure import SolveFailedWarning as SolveFailedWarning
 from .hypergradient import Hypergradient as Hypergradient
 from .hypergradient import HypergradientInfo as HypergradientInfo
 from .hypergradient import HypergradientState as HypergradientState
-from .hypergradient import Start as Start
-from .hypergradient import cold as cold
-from .hypergradient import extrapolated as extrapolated
 from .hypergradient import hypergradient as hypergradient
-from .hypergradient import separately as separately
-from .hypergradient import warm as warm
 from .linear import Preconditioner as Preconditioner
 from .linear import bicgstab as bicgstab
 from .linear import cg as cg
@@ -77,6 +72,11 @@ from .maps import nesterov as nesterov
 from .maps import optimal_heavy_ball as optimal_heavy_ball
 from .maps import optimal_step_size as optimal_step_size
 from .maps import proximal_gradient as proximal_gradient
+from .starts import Start as Start
+from .starts import cold as cold
+from .starts import extrapolated as extrapolated
+from .starts import separately as separately
+from .starts import warm as warm
 from .types import Backward as Backward
 from .types import Estimator as Estimator
 from .types import Implicit as Implicit

@@ -137,6 +137,14 @@ def first_progress(measured: Measured) -> Progress:
     return Progress(measured.sizes, jnp.int32(0))
 
 
+def goes_on(
+    max_steps: int, num_steps: jax.Array, measured: Measured, progress: Progress
+) -> jax.Array:
+    """Whether an iteration has steps left, is finite, and has neither met its tolerance nor settled."""
+    unsettled = ~progress.settled(num_steps, measured)
+    return (num_steps < max_steps) & ~measured.met & jnp.isfinite(measured.norm) & unsettled
+
+
 class Iterated(NamedTuple):
     """An iterate w, Φ(w), the residual Φ(w) − w, and how the iteration came to it."""
 
@@ -170,10 +178,8 @@ def iterate(
     """
 
     def unfinished(c: Iterated) -> jax.Array:
-        norm = c.measured.norm
-        alive = jnp.isfinite(norm) & (norm <= max_growth * start.norm)
-        settled = c.progress.settled(c.num_steps, c.measured)
-        return (c.num_steps < max_steps) & ~c.measured.met & alive & ~settled
+        grown = c.measured.norm > max_growth * start.norm
+        return goes_on(max_steps, c.num_steps, c.measured, c.progress) & ~grown
 
     def step(c: Iterated) -> Iterated:
         image = phi(c.image)

@@ -12,12 +12,9 @@ from ..compiled import Compiled
 from ..errors import check_callable, check_count, check_number, check_same
 from ..failure import check_on_failure, enforce
 from ..hypergradient import (
-    WARM,
     Hypergradient,
     HypergradientInfo,
     HypergradientState,
-    Start,
-    check_start,
     check_state,
 )
 from ..leaves import (
@@ -30,11 +27,12 @@ from ..leaves import (
     zeros_like_inexact,
 )
 from ..lower import solve_with_info
-from ..lower.newton import LOOSE, products_of
+from ..lower.newton import LOOSE, products_of, solve_for_w
 from ..mapped_axes import placed_like
 from ..printing import by_name, printed
 from ..problem import Problem
 from ..real_form import ratio, real_dtype
+from ..starts import WARM, Start, check_start
 from ..types import (
     LinearSolver,
     OnFailure,
@@ -52,7 +50,6 @@ from ..types import (
 from .certificate import Certificate
 from .certify import assess
 from .dual_weighted import LooseSolves, dual_weighted, estimate_once, no_solves
-from .newton import solve_for_w
 from .options import check_factory, krylov
 
 tree = optax.tree
@@ -175,7 +172,7 @@ def adaptive_hypergradient(
         goal = jnp.asarray(rtol, dtype)
         goal = jnp.where(s.rounds == 0, 0.5 * jnp.where(goal > 0, goal, LOOSE), 0.0)
         lower = solve_for_w(
-            problem, s.w, s.tau_w, s.products, make_linear_solver, max_products, goal
+            problem, s.w, s.tau_w, make_linear_solver, max_products, goal, s.products
         )
         w = lower.w
         v, amplification_v, residual_v, spent = _bring_down(

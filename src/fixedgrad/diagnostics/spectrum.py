@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..certificate.newton import solve_for_w
 from ..certificate.options import krylov
+from ..lower.newton import solve_for_w
 from ..problem import Problem
 from ..real_form import COMPUTATION, norm, of_symmetry, ratio, realified, resolution
-from ..types import Products, PyTree, Scalar
+from ..types import PyTree, Scalar
 
 tree = optax.tree
 
@@ -32,10 +32,9 @@ class Solved(NamedTuple):
 
 def solve_lower(problem: Problem, rtol: Scalar, max_products: int | jax.Array = 20_000) -> Solved:
     """The fixed point by Newton–Krylov, to `rtol` ‖Φ(w)‖ or to the floor."""
-    nothing = Products(*(jnp.int32(0) for _ in range(3)))
     rtol = _as_norm(problem, rtol)
     tau = rtol * problem.norm(problem.equation.phi(problem.w, problem.x))
-    done = solve_for_w(problem, problem.w, tau, nothing, krylov, max_products)
+    done = solve_for_w(problem, problem.w, tau, krylov, max_products)
     judged = judge_lower(problem._replace(w=done.w), rtol)
     return judged._replace(products=jnp.asarray(sum(done.spent)))
 

@@ -104,7 +104,7 @@ def nystrom(*, rank: int, seed: int = 0, every: int = 10) -> Preconditioner:
         columns = min(rank, sum(x.size for x in jax.tree.leaves(like)))
         omega = _gaussian(like, columns, seed, space)
         omega = jax.tree.map(lambda q, x: varying_alike((q, x))[0], omega, like)
-        y = _block(product, omega, columns)
+        y = jax.vmap(product)(omega)
         # Y (ΩᵀY)⁻¹ Yᵀ = B Bᵀ with B = Y L⁻ᵀ, LLᵀ = ΩᵀY; BᵀB has the eigenvalues s of it.
         core = space.grams(omega, y)
         core = 0.5 * (core + core.T)
@@ -230,7 +230,7 @@ def applied(
     to_real: Callable[[PyTree], PyTree],
     from_real: Callable[[PyTree], PyTree],
 ) -> MatVec:
-    """U ↦ P u in the real form, for a system with M.
+    """Products with P in the real form, for a system with M.
 
     A function of the user's is P for (I − J)⁻¹: its transpose is taken where M is Jᵀ; so is that of one
     that was built for the other of the two.
@@ -279,7 +279,3 @@ def _gaussian(like: PyTree, columns: int, seed: int, space: Space) -> PyTree:
 def _mixed(mix: jax.Array, block: PyTree) -> PyTree:
     """Column j is Σᵢ mixᵢⱼ times column i of the block."""
     return jax.tree.map(lambda y: jnp.tensordot(mix.T, y, axes=1, precision="highest"), block)
-
-
-def _block(product: MatVec, block: PyTree, columns: int) -> PyTree:
-    return lax.map(product, block, batch_size=columns)

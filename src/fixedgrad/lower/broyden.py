@@ -10,7 +10,7 @@ from jax import lax
 from ..compiled import Compiled
 from ..errors import check_callable, check_count
 from ..failure import check_on_failure
-from ..iteration import Measured, Progress, first_progress, stopping, verdict
+from ..iteration import Measured, Progress, first_progress, goes_on, stopping, verdict
 from ..leaves import stopped_by_residual
 from ..mapped_axes import steady
 from ..printing import printed
@@ -114,16 +114,14 @@ def broyden(
             )
             w, f = tree.where(good, (proposed, f), (c.w, c.f))
             s = tree.where(kept, onward, f)
-            measured = jax.tree.map(lambda a, b: jnp.where(good, a, b), measured, c.measured)
+            measured = tree.where(good, measured, c.measured)
             i = c.i + 1
             progress = c.progress.after(i, measured)
             filled = jnp.where(kept, c.filled + 1, 0)
             return _Broyden(i, w, f, s, measured, progress, filled, left, right)
 
         def unfinished(c: _Broyden) -> jax.Array:
-            settled = c.progress.settled(c.i, c.measured)
-            alive = jnp.isfinite(c.measured.norm)
-            return (c.i < stop.max_steps) & ~c.measured.met & alive & ~settled
+            return goes_on(stop.max_steps, c.i, c.measured, c.progress)
 
         w = to_real(w0)
         f, measured = looked_at(w)

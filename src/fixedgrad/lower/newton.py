@@ -18,14 +18,14 @@ from ..errors import check_callable, check_count
 from ..estimators import check_linear_solver
 from ..failure import check_on_failure
 from ..iteration import Measured, stopping, verdict
-from ..leaves import partition, started, stopped_by_residual
+from ..leaves import blank, partition, started, stopped_by_residual
 from ..linear import gmres
 from ..linear.system import Kept, Reusable
 from ..linear.tunable import loosened
 from ..mapped_axes import run_if, steady
 from ..printing import printed
-from ..problem import Equation
-from ..real_form import ratio, real_dtype
+from ..problem import Equation, Problem
+from ..real_form import LAST_DIGITS, ratio, real_dtype, resolution
 from ..types import (
     Jacobian,
     LinearSolver,
@@ -225,14 +225,7 @@ def newton_krylov(
         spent: What was spent before.
     """
     space = equation.space(w)
-    first = jax.tree.map(
-        lambda s: (
-            jnp.full(s.shape, jnp.inf, s.dtype)
-            if jnp.issubdtype(s.dtype, jnp.floating)
-            else jnp.zeros(s.shape, s.dtype)
-        ),
-        jax.eval_shape(judge, w, w),
-    )
+    first = blank(jax.eval_shape(judge, w, w))
     dtype = first.norm.dtype  # Which holds more than w, where λ has more.
 
     def size_of(u: PyTree) -> jax.Array:
@@ -295,7 +288,7 @@ def newton_krylov(
         return Newton(
             proposed,
             point,
-            jax.tree.map(lambda a, b: jnp.where(good, a, b), now, s.measured),
+            tree.where(good, now, s.measured),
             jnp.where(s.num_steps == 0, now.norm, s.start),
             tree.where(needed, e, s.e),
             trial,
@@ -330,6 +323,34 @@ def newton_krylov(
         spent or nothing,
     )
     return lax.while_loop(unfinished, *steady(step, s))
+
+
+def solve_for_w(
+    problem: Problem,
+    w: PyTree,
+    tau: jax.Array,
+    make_linear_solver: Callable[[Scalar], LinearSolver],
+    max_products: int | jax.Array,
+    goal: jax.Array | float = 0.0,
+    spent: Products | None = None,
+) -> Newton:
+    """Brings ‖w − Φ(w)‖ to `tau`, or to `goal` ‖Φ(w)‖ if that is more."""
+    norm, floor = problem.norm, LAST_DIGITS * resolution(w)
+
+    def judge(w: PyTree, image: PyTree) -> Measured:
+        tolerance = jnp.maximum(tau, goal * norm(image))
+        size = norm(tree.sub(w, image))
+        return Measured(size, tolerance, floor * norm(w), jnp.asarray(False))
+
+    return newton_krylov(
+        problem.equation,
+        problem.x,
+        w,
+        judge,
+        make_linear_solver,
+        lambda s: jnp.asarray(sum(s.spent)) < max_products,
+        spent=spent,
+    )
 
 
 def products_of(info: SolveInfo) -> jax.Array:

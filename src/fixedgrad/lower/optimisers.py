@@ -11,7 +11,7 @@ from jax import lax
 from ..compiled import Compiled
 from ..errors import check_callable, check_inexact, check_scalar, show
 from ..failure import check_on_failure
-from ..iteration import Measured, Progress, first_progress, stopping, verdict
+from ..iteration import Measured, Progress, first_progress, goes_on, stopping, verdict
 from ..leaves import eval_shape, stopped_by_residual, strongly_typed
 from ..mapped_axes import steady
 from ..maps import gradient_descent
@@ -130,9 +130,7 @@ def from_optax(
             return Measured(space.size_of(grad), tolerance, floor, rounded)
 
         def unfinished(c: _Descent) -> jax.Array:
-            alive = jnp.isfinite(c.measured.norm)
-            settled = c.progress.settled(c.i, c.measured)
-            return (c.i < stop.max_steps) & ~c.measured.met & alive & ~settled
+            return goes_on(stop.max_steps, c.i, c.measured, c.progress)
 
         def step_until(c: _Descent) -> _Descent:
             w, state = stepped(c.w, c.state, c.value, c.grad)
