@@ -23,7 +23,7 @@ FOLDERS = {
     "conv_eqm": "paper",
     "certificates": "library",
     "advice": "library",
-    "benchmark": "library",
+    "benchmark": "benchmark",
 }
 """The experiments in reading order, and the folder of each. Each is a module with
 

@@ -186,9 +186,30 @@ class Space(NamedTuple):
 
     def size(self, x: PyTree) -> jax.Array:
         """‖x‖ of a real form, whatever its scale. A constant."""
-        x = jax.lax.stop_gradient(x)
-        scale = power_of_two(x, self.together)
-        return scale * self.norm(optax.tree.scale(1 / scale, x))
+        return self.sizes(x)[0]
+
+    def sizes(self, *xs: PyTree) -> jax.Array:
+        """The norms of some real forms alike, each whatever its scale. Constants.
+
+        All in one: what a norm costs for few unknowns is the number of its operations.
+        """
+        stacked = jax.lax.stop_gradient(jax.tree.map(lambda *x: jnp.stack(x), *xs))
+        scale = power_of_two(stacked, self.together, len(xs))
+
+        def squares(x: jax.Array) -> jax.Array:
+            scaled = x * jnp.reshape(1 / scale, (-1, *(1,) * (x.ndim - 1)))
+            return jnp.sum(scaled * scaled, axis=tuple(range(1, x.ndim)))
+
+        return scale * jnp.sqrt(self._total([_added(squares, x) for x in stacked]))
+
+    def norms(self, *xs: PyTree) -> jax.Array:
+        """The norms of some real forms alike whose entries are of usual size."""
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *xs)
+
+        def squares(x: jax.Array) -> jax.Array:
+            return jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
+
+        return jnp.sqrt(self._total([_added(squares, x) for x in stacked]))
 
     def entries(self, x: PyTree) -> jax.Array:
         """The largest entry of each leaf of a real form, by absolute value, stacked. Constants."""
@@ -217,9 +238,11 @@ def _added(function: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
     return jax.tree.reduce(jnp.add, jax.tree.map(function, *trees))
 
 
-def _largest(tree: PyTree) -> jax.Array:
-    parts = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(jax.lax.stop_gradient(tree))]
-    return functools.reduce(jnp.maximum, parts)
+def _largest(tree: PyTree, stacked: bool = False) -> jax.Array:
+    def of(x: jax.Array) -> jax.Array:
+        return jnp.max(jnp.abs(x), axis=tuple(range(int(stacked), x.ndim)), initial=0)
+
+    return functools.reduce(jnp.maximum, map(of, jax.tree.leaves(jax.lax.stop_gradient(tree))))
 
 
 def norm(tree: PyTree) -> jax.Array:
@@ -238,15 +261,18 @@ def inner(x: PyTree, y: PyTree) -> jax.Array:
     return jnp.asarray(optax.tree.vdot(to_real(x), to_real(y)), real_dtype(x))
 
 
-def power_of_two(tree: PyTree, axes: tuple[str, ...] = ()) -> jax.Array:
+def power_of_two(tree: PyTree, axes: tuple[str, ...] = (), stacked: int | None = None) -> jax.Array:
     """About the largest entry of a real pytree, at infinity or NaN too; 1 for zero. A constant.
 
-    `axes` are the mapped axes over which any of it is spread: all their devices get the same.
+    `axes` are the mapped axes over which any of it is spread: all their devices get the same. Of
+    `stacked` many pytrees, along a first axis, that of each.
 
     The square of a small entry is 0, below 10⁻²³ in float32, and would pass for 0; that of a large one
     is infinite. A power of two changes no digit.
     """
-    size = largest(_largest(tree), axes) if jax.tree.leaves(tree) else jnp.ones(())
+    if not jax.tree.leaves(tree):
+        return jnp.ones(() if stacked is None else stacked)
+    size = largest(_largest(tree, stacked is not None), axes)
     info = jnp.finfo(size.dtype)
     limited = jnp.clip(size, 4 * info.tiny, info.max / 4)  # So that 1 / scale is in range too.
     return jnp.where(size > 0, jax.lax.reduce_precision(limited, info.nexp, 0), 1)
@@ -269,15 +295,32 @@ def ratio(part: Any, whole: jax.Array) -> jax.Array:
 
 
 def random_signs(tree: PyTree) -> PyTree:
-    """Entries of 1 and −1 at random, in the dtype of each leaf; the same ones every time."""
+    """Entries of 1 and −1 as if at random, in the dtype of each leaf; the same ones every time.
+
+    A hash of the position. The generators of `jax.random` take hundreds of operations to start, which
+    is more than a whole solve for few unknowns takes.
+    """
     leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
+    starts = np.cumsum([0, *(x.size for x in leaves)])
     return treedef.unflatten(
         [
-            jax.random.rademacher(k, x.shape, jnp.int32).astype(x.dtype)
-            for k, x in zip(keys, leaves, strict=True)
+            _signs(x.shape, int(start)).astype(x.dtype)
+            for x, start in zip(leaves, starts, strict=False)
         ]
     )
+
+
+def _signs(shape: tuple[int, ...], start: int) -> jax.Array:
+    """The top bit of a mixed position; shifts and products by odd numbers mix all bits of it."""
+    position = jnp.full(shape, start % 2**32, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        position += jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        stride *= shape[axis]
+    x = position + jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return 1 - 2 * ((x ^ (x >> 16)) >> 31).astype(jnp.int32)
 
 
 def nudged(tree: PyTree) -> PyTree:

@@ -9,7 +9,8 @@ from jax.flatten_util import ravel_pytree
 from ..errors import check_count, show
 from ..printing import printed
 from ..real_form import COMPUTATION, norm, random_signs
-from ..types import LinearSolver, MatVec, PyTree, SolveInfo, Status, status_where
+from ..types import LinearSolver, MatVec, PyTree, SolveInfo, Status, solve_info, status_where
+from .elimination import eliminated
 from .preconditioner import Preconditioner, materialised
 from .system import System, linear_solver, tree
 
@@ -57,23 +58,25 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
                 f"`max_size`={max_size}; use `cg`, `gmres` or `fp`, or raise `max_size`."
             )
         matrix = materialised(system.product, b, unravel, block_size)
-        factors = jax.scipy.linalg.lu_factor(matrix)
-        x = jax.scipy.linalg.lu_solve(factors, b)
+        done = eliminated(matrix, jnp.stack([b, random_signs(b)], axis=1))
+        x, u = done.solution.T
+        # Here b is of usual size, and so is what can be told from x and u; else these are infinite.
+        size_x, size_u = jnp.sqrt(jnp.sum(done.solution * done.solution, axis=0))
+        size = jnp.sqrt(jnp.sum(matrix * matrix))
         # eps ‖A‖ ‖x‖ is the backward error of LU; where it is as large as b, x means nothing.
-        size = jnp.linalg.norm(matrix)
-        noise = system.eps * size * norm(x)
-        singular = ~(noise < system.noise * system.norm) & (system.norm > 0) & jnp.isfinite(size)
+        noise = system.eps * size * size_x
+        singular = ~(noise < system.noise * system.norm) & (system.norm > 0)
         # A b that lies in the range of a singular A tells nothing of it, and x has any part along its
-        # null vector. Inverse iteration finds that: A has an equal of lower rank within rounding.
-        u = random_signs(b)
-        for _ in range(2):
-            before = u / norm(u)
-            u = jax.scipy.linalg.lu_solve(factors, before)
-        singular |= ~(system.eps * size * norm(u) < 0.05) & jnp.isfinite(size)
+        # null vector. A⁻¹u is close to that, and ‖A⁻ᵀ A⁻¹u‖/‖A⁻¹u‖ to ‖A⁻¹‖: A has an equal of lower
+        # rank within rounding.
+        singular |= ~(system.eps * size * done.transposed_size(u / size_u) < 0.05)
         x = unravel(x)
-        singular |= system.residual_norm(x) > system.noise * system.norm
+        residual = system.space.norm(system.residual(x))
+        singular |= residual > system.noise * system.norm
+        singular &= jnp.isfinite(size)
         status = status_where(singular, Status.SINGULAR, Status.CONVERGED)
-        return x, system.fixed(1, x, status)
+        finite = (jnp.isfinite(size_x) | singular) & jnp.isfinite(system.norm)
+        return x, solve_info(1, residual, status_where(finite, status, Status.NON_FINITE))
 
     return linear_solver("dense", solve, direct=True)
 

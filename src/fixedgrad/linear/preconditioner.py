@@ -19,6 +19,7 @@ from ..mapped_axes import varying_alike
 from ..printing import printed
 from ..real_form import Space, combined
 from ..types import Jacobian, MatVec, PyTree
+from .elimination import eliminated
 
 tree = optax.tree
 
@@ -185,7 +186,8 @@ def inverse(*, max_size: int = 4096, block_size: int = 128, every: int = 10) -> 
                 f"`inverse` would materialise a {flat.size} by {flat.size} matrix, more than its "
                 f"`max_size`={max_size}; take `nystrom`, or raise `max_size`."
             )
-        return jnp.linalg.inv(materialised(product, flat, unravel, block_size))
+        matrix = materialised(product, flat, unravel, block_size)
+        return eliminated(matrix, jnp.eye(flat.size, dtype=flat.dtype)).solution
 
     def apply(state: PyTree, x: PyTree, space: Space) -> PyTree:
         del space
@@ -199,12 +201,11 @@ def materialised(
     product: MatVec, like: jax.Array, unravel: Callable[[jax.Array], PyTree], block_size: int
 ) -> jax.Array:
     """The matrix of `product`, by products with blocks of unit vectors."""
-    rows = lax.map(
-        lambda e: ravel_pytree(product(unravel(e)))[0],
-        varying_alike((jnp.eye(like.size, dtype=like.dtype), like))[0],
-        batch_size=block_size,
-    )
-    return rows.T
+    column = lambda e: ravel_pytree(product(unravel(e)))[0]  # noqa: E731
+    eye = varying_alike((jnp.eye(like.size, dtype=like.dtype), like))[0]
+    if like.size <= block_size:
+        return jax.vmap(column, out_axes=1)(eye)
+    return lax.map(column, eye, batch_size=block_size).T
 
 
 def check_preconditioner(where: str, preconditioner: object) -> None:

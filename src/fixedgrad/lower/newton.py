@@ -18,7 +18,7 @@ from ..errors import check_callable, check_count
 from ..estimators import check_linear_solver
 from ..failure import check_on_failure
 from ..iteration import Measured, stopping, verdict
-from ..leaves import blank, partition, started, stopped_by_residual
+from ..leaves import partition, started, stopped_by_residual
 from ..linear import gmres
 from ..linear.system import Kept, Reusable
 from ..linear.tunable import loosened
@@ -75,14 +75,15 @@ def newton(
     Assumed, not checked: Φ is continuously differentiable, I − J invertible on the way. Where there are
     several fixed points, Newton's method comes to any of them, saddle points and maxima of a loss too.
 
-    Cost: one Φ and one linear solve with J a step. Memory: 4 w and the linear solver's.
+    Cost: two Φ, one of them linearised, and one linear solve with J a step. Memory: 4 w and those of
+    the linear solver.
     Not where Φ has kinks, nor for a q so small that a few steps of `picard` do.
     Up to some hundred unknowns `cg` (`gmres` where J is not symmetric) with `preconditioner=inverse()`
     is the fastest: one matrix in all, where `dense()` makes one a step.
 
     Args:
         phi: `phi(w, *args, **kwargs) -> w`; the steps are taken in the inexact leaves of w.
-        max_steps: At most that many steps: linear solves, shorter steps and blocks of steps of Φ.
+        max_steps: At most that many linear solves, each with its step, shorter ones or some of Φ.
         rtol: Relative tolerance on the residual, as in `picard`.
         atol: Absolute tolerance on the residual.
         linear_solver: For (I − J) e = F(w): `cg` where J is symmetric, `dense()`, or any other one.
@@ -142,11 +143,8 @@ def newton(
             lambda s: s.num_steps < stop.max_steps,
             _HALVINGS,
         )
-        # The last point that was proposed has not been looked at, where the steps have run out.
-        reached = lambda: judge(s.w, lower.phi(s.w))  # noqa: E731
-        measured = run_if(~s.met, reached, s.measured)
-        info = verdict(s.num_steps, measured, s.start)
-        at_floor = s.settled & ~measured.met & jnp.isfinite(measured.norm)
+        info = verdict(s.num_steps, s.measured, s.start)
+        at_floor = s.settled & ~s.measured.met & jnp.isfinite(s.measured.norm)
         status = status_where(at_floor, Status.AT_FLOOR, info.status)
         info = solve_info(info.num_steps, info.residual, status, info.tolerance)
         return stopped_by_residual("newton", join(s.w, w_rest)), info
@@ -161,37 +159,56 @@ def newton(
 
 
 class Newton(NamedTuple):
-    """Where Newton's method stands: a proposed point, and the last accepted one.
+    """Where Newton's method stands.
 
     Attributes:
-        w: The proposed point; the result where `met`.
-        before: The last accepted point.
-        measured: The residual of `before`.
+        w: The last accepted point; the result.
+        measured: Its residual.
         start: The norm of the first residual.
-        e: The step from `before`.
-        trial: How many halves of e led to w, and one; 0 for a point that is accepted as it is.
-        met: Whether the end is reached.
-        settled: Whether that is since the residual may be rounding, and shrinks no more.
+        settled: Whether that may be rounding, and a step did not bring it down.
         amplification: The largest ‖e‖/‖r‖ of the solves.
         left: The residual norm that the last of them left.
-        effort: The products of the last of them.
-        num_steps: Points proposed so far.
+        num_steps: Linear solves so far.
         spent: In all.
     """
 
     w: PyTree
-    before: PyTree
     measured: Measured
     start: jax.Array
-    e: PyTree
-    trial: jax.Array
-    met: jax.Array
     settled: jax.Array
     amplification: jax.Array
     left: jax.Array
-    effort: jax.Array
     num_steps: jax.Array
     spent: Products
+
+    @property
+    def met(self) -> jax.Array:
+        """Whether the end is reached."""
+        return self.measured.met | self.settled
+
+
+class _Trial(NamedTuple):
+    """A point that is proposed, and how far the search for the next accepted one has come.
+
+    Attributes:
+        u: The point.
+        theta: The share of the Newton step that led to it.
+        plain: How many steps of Φ did, in the place of that.
+        first: The residual norm after the first of them.
+        measured: The residual of the last point that was looked at.
+        found: Whether that was accepted.
+        settled: Whether there is none, as the residual may be rounding.
+        count: Points looked at.
+    """
+
+    u: PyTree
+    theta: jax.Array
+    plain: jax.Array
+    first: jax.Array
+    measured: Measured
+    found: jax.Array
+    settled: jax.Array
+    count: jax.Array
 
 
 def newton_krylov(
@@ -206,11 +223,10 @@ def newton_krylov(
 ) -> Newton:
     """Brings w − Φ(w) to what `judge` asks for: Newton steps with forcing terms.
 
-    Each step linearises Φ once, at the point that the last one proposed. Where that point has not
-    brought the residual down, half of the step is tried, up to `halvings` times. Then plain steps of Φ
-    from the point before take its place: as many as the failed step took products, so that where
-    Newton's method gets nowhere, as on the plateaus of a network, half of the work at least is Φ's;
-    ten only, where they lead away.
+    Each step linearises Φ once. Where w − e does not bring the residual down, half of the step is
+    tried, up to `halvings` times. Then plain steps of Φ take its place: as many as the solve took products, so
+    that where Newton's method gets nowhere, as on the plateaus of a network, half of the work at least
+    is Φ's; ten only, where they lead away.
 
     A linear solve that missed its tolerance is a step all the same where it brought its residual down.
 
@@ -225,103 +241,80 @@ def newton_krylov(
         spent: What was spent before.
     """
     space = equation.space(w)
-    first = blank(jax.eval_shape(judge, w, w))
-    dtype = first.norm.dtype  # Which holds more than w, where λ has more.
+    start = judge(w, equation.phi(w, x))
+    dtype = start.norm.dtype  # Which holds more than w, where λ has more.
 
     def size_of(u: PyTree) -> jax.Array:
         return space.size_of(u).astype(dtype)
 
-    nothing = Products(*(jnp.int32(0) for _ in range(3)))
+    def scaled(share: jax.Array, e: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: share.astype(real_dtype(x)) * x, e)
 
     def unfinished(s: Newton) -> jax.Array:
-        return ~s.met & affordable(s)
+        return ~s.met & jnp.isfinite(s.measured.norm) & affordable(s)
 
     def step(s: Newton) -> Newton:
+        now = s.measured
         r, product = jax.linearize(lambda u: equation.residual(u, x), s.w)
-        now = judge(s.w, tree.sub(s.w, r))
-        theta = 0.5 ** (s.trial - 1).astype(dtype)
-        # A relative tolerance grows with w: far away it is met by a residual that has grown.
-        shrunk = jnp.any(now.sizes <= (1 - 0.3 * theta) * s.measured.sizes)
-        shrunk &= now.norm <= s.measured.norm + s.measured.floor
-        good = (s.trial == 0) | shrunk
-        done = good & (now.met | ~jnp.isfinite(now.norm))
-        # Where the residual may be rounding, a step that does not bring it down is the last one.
-        settled = ~good & (s.measured.norm <= s.measured.floor)
-        again = ~good & ~settled & (s.trial <= halvings)
         # No more accurate than the goal asks for, nor than a Newton step can use.
         forcing = jnp.clip(0.5 * ratio(now.tolerance, now.norm), 1e-4, LOOSE)
-        wanted = forcing.astype(real_dtype(w))
-        solve = lambda: make_linear_solver(wanted)(Jacobian.from_complement(product), r)  # noqa: E731
-        idle = tree.zeros_like(r), solve_info(0, jnp.zeros_like(now.norm), 0)
-        idle = jax.tree.map(lambda x, s: x.astype(s.dtype), idle, jax.eval_shape(solve))
-        needed = good & ~done
-        e, info = run_if(needed, solve, idle)
-        missed = failed(info)
-        residual = info.residual.astype(dtype)
-        useless = ~jnp.isfinite(size_of(e)) | (missed & ~(residual < 0.9 * now.norm))
-        lost = (~good & ~settled & ~again) | (needed & useless)
+        matvec = Jacobian.from_complement(product)
+        e, info = make_linear_solver(forcing.astype(real_dtype(w)))(matvec, r)
+        missed, residual = failed(info), info.residual.astype(dtype)
+        useless = missed & ~(residual < 0.9 * now.norm)
         effort = products_of(info)
-        many = jnp.maximum(jnp.where(good, effort, s.effort), _PLAIN_STEPS)
+        many = jnp.maximum(effort, _PLAIN_STEPS)
 
-        point = tree.where(good, s.w, s.before)
-        share = jnp.where(again, theta / 2, 0.0)
-        move = tree.where(needed, e, jax.tree.map(lambda x: share.astype(x.dtype) * x, s.e))
-        start = tree.where(lost | done | settled, point, tree.sub(point, move))
+        def look(t: _Trial) -> _Trial:
+            image = equation.phi(t.u, x)
+            there = judge(t.u, image)
+            is_plain = t.plain > 0
+            # A relative tolerance grows with w: far away it is met by a residual that has grown.
+            shrunk = jnp.any(there.sizes <= (1 - 0.3 * t.theta) * now.sizes)
+            shrunk &= there.norm <= now.norm + now.floor
+            first = jnp.where(t.plain == 1, there.norm, t.first)
+            away = (t.plain >= _PLAIN_STEPS) & ~(there.norm <= first)
+            found = jnp.where(is_plain, (t.plain >= many) | away, shrunk)
+            # Where the residual may be rounding, a step that does not bring it down is the last one.
+            settled = ~is_plain & ~shrunk & (now.norm <= now.floor)
+            shorter = ~is_plain & (t.theta > 0.5**halvings)
+            theta = t.theta / 2
+            turned = tree.where(shorter, tree.sub(s.w, scaled(theta, e)), tree.sub(s.w, r))
+            onward = tree.where(is_plain, image, turned)
+            return _Trial(
+                tree.where(found, t.u, onward),
+                theta,
+                jnp.where(shorter, 0, t.plain + 1),
+                first,
+                there,
+                found,
+                settled,
+                t.count + 1,
+            )
 
-        def plain(carry: tuple[jax.Array, PyTree, jax.Array, jax.Array]):
-            i, u, first, _ = carry
-            image = equation.phi(u, x)
-            size = size_of(tree.sub(u, image))
-            return i + 1, image, jnp.where(i == 0, size, first), size
-
-        def onward(carry: tuple[jax.Array, PyTree, jax.Array, jax.Array]) -> jax.Array:
-            i, _, first, size = carry
-            return lost & (i < many) & ((i < _PLAIN_STEPS) | (size <= first))
-
-        i, proposed, _, _ = lax.while_loop(
-            onward, *steady(plain, (jnp.int32(0), start, now.norm, now.norm))
-        )
-        solved = needed & ~lost
+        none, false, one = jnp.int32(0), jnp.asarray(False), jnp.ones((), dtype)
+        u = tree.where(useless, tree.sub(s.w, r), tree.sub(s.w, e))
+        t = _Trial(u, one, jnp.where(useless, 1, none), now.norm, now, false, false, none)
+        t = lax.while_loop(lambda t: ~t.found & ~t.settled, *steady(look, t))
         left = jnp.where(missed, residual, forcing * now.norm)
-        trial = jnp.where(again, s.trial + 1, jnp.where(solved, 1, 0))
-        taken = ~(done | settled)
+        larger = jnp.maximum(s.amplification, ratio(size_of(e), now.norm))
         return Newton(
-            proposed,
-            point,
-            tree.where(good, now, s.measured),
-            jnp.where(s.num_steps == 0, now.norm, s.start),
-            tree.where(needed, e, s.e),
-            trial,
-            done | settled,
-            settled,
-            jnp.where(
-                solved,
-                jnp.maximum(s.amplification, ratio(size_of(e), now.norm)),
-                s.amplification,
-            ),
-            jnp.where(solved, left, s.left),
-            jnp.where(needed, effort, s.effort),
-            jnp.where(taken, s.num_steps + 1, s.num_steps),
-            s.spent._replace(phi=s.spent.phi + 1 + i, j=s.spent.j + effort),
+            tree.where(t.settled, s.w, t.u),
+            tree.where(t.settled, now, t.measured),
+            s.start,
+            t.settled,
+            jnp.where(useless, s.amplification, larger),
+            jnp.where(useless, s.left, left),
+            s.num_steps + 1,
+            s.spent._replace(phi=s.spent.phi + 1 + t.count, j=s.spent.j + effort),
         )
 
-    zero = jnp.zeros_like(first.norm)
+    nothing = Products(*(jnp.int32(0) for _ in range(3)))
+    spent = nothing if spent is None else spent
+    zero = jnp.zeros_like(start.norm)
+    spent = spent._replace(phi=spent.phi + 1)
     false, none = jnp.asarray(False), jnp.int32(0)
-    s = Newton(
-        w,
-        w,
-        first,
-        zero + jnp.inf,
-        tree.zeros_like(w),
-        none,
-        false,
-        false,
-        zero,
-        zero + jnp.inf,
-        none,
-        none,
-        spent or nothing,
-    )
+    s = Newton(w, start, start.norm, false, zero, zero + jnp.inf, none, spent)
     return lax.while_loop(unfinished, *steady(step, s))
 
 

@@ -136,7 +136,7 @@ class Lower(NamedTuple):
         to_real, _ = realified(after)
         real = to_real(after)
         r = optax.tree.sub(real, to_real(_inexact(w)))
-        norm, scale = self.space.size(r), self.space.size(real)
+        norm, scale = self.space.sizes(r, real)
         sizes, scales = self.space.entries(r), self.space.entries(real)
         eps = np.array([float(jnp.finfo(x.dtype).eps) for x in after])
         # A leaf whose solution is zero shrinks for ever: what it has lost all digits of it is rid of.

@@ -1,0 +1,1 @@
+"""The benchmark beside jaxopt and optimistix, one module for each part."""

@@ -1,0 +1,45 @@
+"""First to a given accuracy, first to a given objective: beside jaxopt and optimistix, part by part.
+
+    kernel         a linear solve costs its products and nothing else
+    hypergradient  a whole hypergradient with exact t and k, and the backward pass alone
+    accuracy       the time to a hypergradient error of 1e-3 and 1e-6, cold
+
+Times are medians over rounds in which all contestants take turns: compare them within one run only.
+Compilation is apart, correctness is checked first. Peers that are not installed are left out:
+`pip install -e '.[experiments,bench]'`.
+"""
+
+import argparse
+import importlib
+from types import ModuleType
+
+PARTS = ("kernel", "hypergradient", "accuracy")
+FLOAT64 = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this experiment."""
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default"
+    )
+    parser.add_argument("--rounds", type=int, help="how often all contestants are timed in turn")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Runs the parts, each with a folder of its own; 1 where a claim of any did not hold."""
+    for part in options.parts:
+        if part not in PARTS:
+            print(f"`benchmark` has no part `{part}`; it has {', '.join(PARTS)}.")
+            return 2
+    code = 0
+    for part in options.parts or PARTS:
+        module = _module(part)
+        print(f"\n=== {(module.__doc__ or '').partition(chr(10))[0]}\n")
+        out = options.out / part
+        out.mkdir(parents=True, exist_ok=True)
+        code = max(code, module.main(argparse.Namespace(**(vars(options) | {"out": out}))))
+    return code
+
+
+def _module(part: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{part}")
