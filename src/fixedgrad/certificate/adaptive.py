@@ -1,5 +1,6 @@
 """A tolerance on the hypergradient itself: `adaptive_hypergradient`."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from ..leaves import (
     strongly_typed,
     zeros_like_inexact,
 )
+from ..linear.assisted import Assisted, Plain, assisted
 from ..lower import solve_with_info
 from ..lower.newton import LOOSE, products_of, solve_for_w
 from ..mapped_axes import placed_like
@@ -43,6 +45,7 @@ from ..types import (
     Scalar,
     Solver,
     Status,
+    failed,
     is_failure,
     solve_info,
     status_where,
@@ -143,16 +146,19 @@ def adaptive_hypergradient(
     check_start(f"`start` of `{where}`", start)
     check_on_failure(where, on_failure)
 
-    def first_round(problem: Problem, w: PyTree, v: PyTree) -> _Round:
+    def first_round(
+        problem: Problem, solves_with: Plain | Assisted, kept: PyTree, w: PyTree, v: PyTree
+    ) -> _Round:
         tau = jnp.zeros_like(problem.norm(w))
         solves = no_solves(tau)
+        make = functools.partial(solves_with.solver, kept)
 
         def like() -> Certificate:
             return assess(
                 problem,
                 estimate_once(
                     problem,
-                    dual_weighted(problem, w, v, make_linear_solver, LOOSE, solves, split=False),
+                    dual_weighted(problem, w, v, make, LOOSE, solves, split=False),
                     solves,
                 ),
                 None,
@@ -162,9 +168,9 @@ def adaptive_hypergradient(
         certificate = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(like))
         zero, false = jnp.int32(0), jnp.asarray(False)
         spent = Products(zero, zero, zero)
-        return _Round(w, v, tau, tau, solves, certificate, spent, zero, false, false, false)
+        return _Round(w, v, tau, tau, solves, certificate, spent, kept, zero, false, false, false)
 
-    def one_round(problem: Problem, s: _Round) -> _Round:
+    def one_round(problem: Problem, solves_with: Plain | Assisted, s: _Round) -> _Round:
         norm = problem.norm
         dtype = norm(s.w).dtype
         # At first to relative residuals of half the tolerance: where A is well conditioned this is
@@ -172,16 +178,21 @@ def adaptive_hypergradient(
         goal = jnp.asarray(rtol, dtype)
         goal = jnp.where(s.rounds == 0, 0.5 * jnp.where(goal > 0, goal, LOOSE), 0.0)
         lower = solve_for_w(
-            problem, s.w, s.tau_w, make_linear_solver, max_products, goal, s.products
+            problem, s.w, s.tau_w, solves_with, s.kept, max_products, goal, s.products
         )
         w = lower.w
-        v, amplification_v, residual_v, spent = _bring_down(
-            problem, w, s.v, s.tau_v, lower.spent, make_linear_solver, goal
-        )
+        linear = _bring_down(problem, w, s.v, s.tau_v, solves_with, lower.kept, goal)
+        v, kept = linear.v, linear.kept
+        spent = jax.tree.map(jnp.add, lower.spent, linear.products)
         solves = s.solves.then(
-            LooseSolves(lower.amplification, amplification_v, lower.left, residual_v)
+            LooseSolves(lower.amplification, linear.amplification, lower.left, linear.left)
         )
-        p = dual_weighted(problem, w, v, make_linear_solver, LOOSE, solves, split=False)
+        make = functools.partial(solves_with.solver, kept)
+        probe = ~solves_with.definite(kept)
+        p = dual_weighted(problem, w, v, make, LOOSE, solves, split=False, probe=probe)
+        # A matrix by which these solves fail is one of another system.
+        ended = solve_info(0, p.r_w, status_where(p.solved, Status.CONVERGED, Status.MAX_STEPS))
+        kept = solves_with.used(kept, ended, LOOSE)
         c = estimate_once(problem, p, solves)
         spent = jax.tree.map(jnp.add, spent, c.products)
         certificate = assess(problem, c, None, safety)._replace(products=spent)
@@ -220,6 +231,7 @@ def adaptive_hypergradient(
             c.solves,
             certificate,
             spent,
+            kept,
             s.rounds + 1,
             met | met_at_floor,
             met_at_floor,
@@ -232,7 +244,7 @@ def adaptive_hypergradient(
 
     @Compiled
     def solved(
-        memory: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
+        memory: PyTree, kept: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, HypergradientState]:
         w0, v0 = start.propose(memory)
         v0 = zeros_like_inexact(w0) if v0 is None else v0
@@ -240,8 +252,14 @@ def adaptive_hypergradient(
         check_same(where, w, w0, "`solver(w, ...)`", "`w0`")
         problem = Problem.at(where, outer, phi, strongly_typed(w), lam, args, kwargs)
         finite = jnp.isfinite(problem.norm(problem.w))
-        s = first_round(problem, tree.where(finite, problem.w, partition(w0)[0]), partition(v0)[0])
-        s = lax.while_loop(unfinished, lambda s: one_round(problem, s), s)
+        at = tree.where(finite, problem.w, partition(w0)[0])
+        solves_with = Plain(make_linear_solver)
+        if make_linear_solver is krylov:
+            solves_with = assisted(krylov, lambda w: problem.equation.phi(w, problem.x), at)
+        fresh = solves_with.start(at)
+        kept = fresh if kept is None else kept
+        s = first_round(problem, solves_with, kept, at, partition(v0)[0])
+        s = lax.while_loop(unfinished, lambda s: one_round(problem, solves_with, s), s)
 
         c = s.certificate
         missed = status_where(jnp.isfinite(c.error), Status.MAX_STEPS, Status.NON_FINITE)
@@ -254,14 +272,16 @@ def adaptive_hypergradient(
         w, v = problem.join_w(s.w), problem.join_w(s.v)
         recorded = start.record(memory, w, v)
         memory = tree.where(is_failure(status), memory, recorded)
+        kept = tree.where(is_failure(status), fresh, s.kept)
         value, info = problem.outer(s.w, problem.x), HypergradientInfo(lower, linear)
-        return grad, HypergradientState(value, w, v, info, owned(memory), jnp.int32(0), c)
+        memory, kept = owned((memory, kept))
+        return grad, HypergradientState(value, w, v, info, memory, jnp.int32(0), c, kept)
 
     def update(
         state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, HypergradientState]:
         check_state(state)
-        grad, new = solved(state.memory, lam, *args, **kwargs)
+        grad, new = solved(state.memory, state.kept, lam, *args, **kwargs)
         return grad, new._replace(num_updates=state.num_updates + 1)
 
     @Compiled
@@ -269,17 +289,19 @@ def adaptive_hypergradient(
         w0 = started(where, phi, w0, (lam, *args), kwargs)
         v_zero = zeros_like_inexact(w0)
         memory = start.init(w0, v_zero)
-        _, shapes = solved.eval_shape(memory, settled_lam(lam, w0), *args, **kwargs)
+        _, shapes = solved.eval_shape(memory, None, settled_lam(lam, w0), *args, **kwargs)
         # Not w, v and the memory: they may hold keys, and are known.
-        info, certificate, value = blank((shapes.info, shapes.certificate, shapes.value))
-        state = HypergradientState(value, w0, v_zero, info, memory, jnp.int32(0), certificate)
+        info, certificate, value, kept = blank(
+            (shapes.info, shapes.certificate, shapes.value, shapes.kept)
+        )
+        state = HypergradientState(value, w0, v_zero, info, memory, jnp.int32(0), certificate, kept)
         return owned(state)
 
     return Hypergradient(init, update, outer, phi)
 
 
 class _Round(NamedTuple):
-    """The carry over rounds: the pair, its thresholds, its last certificate, the products so far."""
+    """The carry over rounds: the pair, its thresholds, its last certificate, products, what is kept."""
 
     w: PyTree
     v: PyTree
@@ -288,10 +310,31 @@ class _Round(NamedTuple):
     solves: LooseSolves
     certificate: Certificate
     products: Products
+    kept: PyTree
     rounds: jax.Array
     met: jax.Array
     by_rounding: jax.Array
     stuck: jax.Array
+
+
+class _Linear(NamedTuple):
+    """What brought v near its solution.
+
+    Attributes:
+        v: Where it is now.
+        amplification: The largest ‖e‖/‖r‖ of the solves.
+        left: The residual norm that the last of them left; see `LooseSolves`.
+        kept: What the solves keep.
+        products: What they cost.
+        again: Whether the last of them failed, for the first time.
+    """
+
+    v: PyTree
+    amplification: jax.Array
+    left: jax.Array
+    kept: PyTree
+    products: Products
+    again: jax.Array
 
 
 def _bring_down(
@@ -299,26 +342,38 @@ def _bring_down(
     w: PyTree,
     v: PyTree,
     tau: jax.Array,
-    spent: Products,
-    make_linear_solver: Callable[[Scalar], LinearSolver],
+    solves: Plain | Assisted,
+    kept: PyTree,
     goal: jax.Array,
-) -> tuple[PyTree, jax.Array, jax.Array, Products]:
-    """Brings ‖∇₁E − Aᵀv‖ to `tau`, or to `goal` ‖∇₁E‖ if that is more, by one solve.
+) -> _Linear:
+    """Brings ‖∇₁E − Aᵀv‖ to `tau`, or to `goal` ‖∇₁E‖ if that is more.
 
-    Returns:
-        v, the amplification by the solve and the residual that it left (see `LooseSolves`), and what
-        was spent in all.
+    By one solve; by one more where it fails and something is kept that may be made anew.
     """
-    _, r_v, _, b = problem.gradients(w, v)
-    jt = problem.equation.vjp(w, problem.x).j
     norm = problem.norm
-    size = norm(r_v)
-    target = jnp.maximum(tau, goal * norm(b))
-    rtol = jnp.clip(target / jnp.where(size > 0, size, 1.0), 1e-12, 1.0)
-    dv, info = make_linear_solver(rtol.astype(real_dtype(w)))(jt, r_v)
-    better = jnp.isfinite(norm(dv))
-    solved = better & (info.num_steps > 0)
-    amplification = jnp.where(solved, ratio(norm(dv), size), 0.0)
-    left = jnp.where(solved, rtol * size, jnp.inf)
-    spent = spent._replace(phi=spent.phi + 1, jt=spent.jt + products_of(info) + 1)
-    return tree.where(better, tree.add(v, dv), v), amplification, left, spent
+    of_j, of_jt = problem.equation.jvp(w, problem.x).j, problem.equation.vjp(w, problem.x).j
+
+    def once(s: _Linear) -> _Linear:
+        _, r_v, _, b = problem.gradients(w, s.v)
+        kept = solves.prepared(s.kept, of_j, w)
+        size = norm(r_v)
+        target = jnp.maximum(tau, goal * norm(b))
+        rtol = jnp.clip(target / jnp.where(size > 0, size, 1.0), 1e-12, 1.0)
+        dv, info = solves.solver(kept, rtol.astype(real_dtype(w)))(of_jt, r_v)
+        better = jnp.isfinite(norm(dv))
+        solved = better & (info.num_steps > 0)
+        left = jnp.where(failed(info), info.residual.astype(size.dtype), rtol * size)
+        return _Linear(
+            tree.where(better, tree.add(s.v, dv), s.v),
+            jnp.maximum(s.amplification, jnp.where(solved, ratio(norm(dv), size), 0.0)),
+            jnp.where(solved, left, s.left),
+            solves.used(kept, info, rtol),
+            s.products._replace(phi=s.products.phi + 1, jt=s.products.jt + products_of(info) + 1),
+            failed(info) & (s.products.phi == 0),
+        )
+
+    zero, none = jnp.zeros_like(norm(w)), jnp.int32(0)
+    start = _Linear(v, zero, zero + jnp.inf, kept, Products(none, none, none), jnp.asarray(True))
+    if isinstance(solves, Plain):
+        return once(start)
+    return lax.while_loop(lambda s: s.again, once, start)

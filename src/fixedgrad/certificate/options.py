@@ -61,9 +61,9 @@ def check_kwargs(
 
 
 @by_name
-def krylov(rtol: Scalar) -> LinearSolver:
+def krylov(rtol: Scalar, max_steps: int = 1000) -> LinearSolver:
     """What solves with A and Aᵀ where the caller has no wish: right for any invertible A."""
-    return gmres(max_steps=1000, rtol=rtol, restart=50)
+    return gmres(max_steps=max_steps, rtol=rtol, restart=50)
 
 
 def check_factory(where: str, make: object) -> None:

@@ -10,6 +10,7 @@ import optax
 from jax import lax
 
 from ..certificate.options import krylov
+from ..linear.assisted import Plain
 from ..lower.newton import solve_for_w
 from ..problem import Problem
 from ..real_form import COMPUTATION, norm, of_symmetry, ratio, realified, resolution
@@ -34,7 +35,7 @@ def solve_lower(problem: Problem, rtol: Scalar, max_products: int | jax.Array = 
     """The fixed point by Newton–Krylov, to `rtol` ‖Φ(w)‖ or to the floor."""
     rtol = _as_norm(problem, rtol)
     tau = rtol * problem.norm(problem.equation.phi(problem.w, problem.x))
-    done = solve_for_w(problem, problem.w, tau, krylov, max_products)
+    done = solve_for_w(problem, problem.w, tau, Plain(krylov), (), max_products)
     judged = judge_lower(problem._replace(w=done.w), rtol)
     return judged._replace(products=jnp.asarray(sum(done.spent)))
 

@@ -10,7 +10,7 @@ from ..errors import check_count, show
 from ..printing import printed
 from ..real_form import COMPUTATION, norm, random_signs
 from ..types import LinearSolver, MatVec, PyTree, SolveInfo, Status, solve_info, status_where
-from .elimination import eliminated
+from .elimination import eliminated, solved
 from .preconditioner import Preconditioner, materialised
 from .system import System, linear_solver, tree
 
@@ -59,9 +59,10 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
             )
         matrix = materialised(system.product, b, unravel, block_size)
         done = eliminated(matrix, jnp.stack([b, random_signs(b)], axis=1))
-        x, u = done.solution.T
+        solution = solved(done)
+        x, u = solution.T
         # Here b is of usual size, and so is what can be told from x and u; else these are infinite.
-        size_x, size_u = jnp.sqrt(jnp.sum(done.solution * done.solution, axis=0))
+        size_x, size_u = jnp.sqrt(jnp.sum(solution * solution, axis=0))
         size = jnp.sqrt(jnp.sum(matrix * matrix))
         # eps ‖A‖ ‖x‖ is the backward error of LU; where it is as large as b, x means nothing.
         noise = system.eps * size * size_x

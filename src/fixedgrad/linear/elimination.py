@@ -2,8 +2,8 @@
 
 What elimination does to A it does to the columns B beside it, row interchanges too: PA = LU makes of
 [A | B] the upper part [U | L⁻¹PB], and A⁻¹B = U⁻¹ (L⁻¹PB). A solve with finished factors needs P as a
-permutation, which XLA works out in a loop over all rows: for tens of unknowns that takes longer than the
-elimination.
+permutation, which XLA works out in a loop over all rows: for tens of unknowns that takes longer than
+the elimination.
 """
 
 import functools
@@ -14,28 +14,44 @@ import jax.numpy as jnp
 from jax import lax
 
 
-class Eliminated(NamedTuple):
-    """The factors of [A | B].
+class Factors(NamedTuple):
+    """A⁻¹ as U⁻¹ (L⁻¹P), two matrices.
+
+    Their product would be a solve for many columns, for which BLAS starts threads of its own, and waits
+    long for them where other programs run.
 
     Attributes:
-        factors: U on and above the diagonal, L below it, whose diagonal is 1.
-        solution: A⁻¹ B.
+        upper: U on and above its diagonal; what is below belongs to L.
+        left: L⁻¹P.
     """
 
-    factors: jax.Array
-    solution: jax.Array
+    upper: jax.Array
+    left: jax.Array
+
+    def solve(self, b: jax.Array) -> jax.Array:
+        """A⁻¹ b."""
+        right = jnp.matmul(self.left, b, precision="highest")
+        return lax.linalg.triangular_solve(self.upper, right[:, None], left_side=True)[:, 0]
 
     def transposed_size(self, column: jax.Array) -> jax.Array:
-        """‖A⁻ᵀ u‖, for which the permutation does not matter: A⁻ᵀ = Pᵀ L⁻ᵀ U⁻ᵀ."""
+        """‖A⁻ᵀ u‖, for which P does not matter: A⁻ᵀ = Pᵀ L⁻ᵀ U⁻ᵀ."""
         solve = functools.partial(lax.linalg.triangular_solve, left_side=True, transpose_a=True)
-        u = solve(self.factors, column[:, None])
-        return jnp.linalg.norm(solve(self.factors, u, lower=True, unit_diagonal=True))
+        u = solve(self.upper, column[:, None])
+        return jnp.linalg.norm(solve(self.upper, u, lower=True, unit_diagonal=True))
 
 
-def eliminated(matrix: jax.Array, columns: jax.Array) -> Eliminated:
-    """The factors of [A | B], with A⁻¹ B; of a singular A they are not finite, or very large."""
+def eliminated(matrix: jax.Array, columns: jax.Array) -> Factors:
+    """The factors of [A | B], with L⁻¹PB for `left`."""
     n = matrix.shape[0]
     factors = lax.linalg.lu(jnp.concatenate([matrix, columns], axis=1))[0]
-    square = factors[:, :n]
-    solution = lax.linalg.triangular_solve(square, factors[:, n:], left_side=True)
-    return Eliminated(square, solution)
+    return Factors(factors[:, :n], factors[:, n:])
+
+
+def factorised(matrix: jax.Array) -> Factors:
+    """Those of A; of a singular A what they solve is not finite, or very large."""
+    return eliminated(matrix, jnp.eye(matrix.shape[0], dtype=matrix.dtype))
+
+
+def solved(factors: Factors) -> jax.Array:
+    """A⁻¹ B of `eliminated` columns B."""
+    return lax.linalg.triangular_solve(factors.upper, factors.left, left_side=True)

@@ -7,8 +7,9 @@ from jax import lax
 from ..iteration import Measured, iterate, stopping
 from ..mapped_axes import steady
 from ..printing import printed
-from ..types import LinearSolver, PyTree, Scalar, SolveInfo, Status
-from .system import System, linear_solver, tree
+from ..types import LinearSolver, MatVec, PyTree, Scalar, SolveInfo, Status
+from .preconditioner import Preconditioner
+from .system import Correction, System, corrected, linear_solver, tree
 from .tunable import tunable
 
 
@@ -20,11 +21,16 @@ def fp(
     max_steps: int | None = None,
     rtol: Scalar = 0.0,
     atol: Scalar = 0.0,
+    preconditioner: Preconditioner | MatVec | None = None,
 ) -> LinearSolver:
     """The fixed-point method: x₀ = 0, xᵢ₊₁ = M xᵢ + b.
 
     After k steps xₖ = Σᵢ₍ᵢ<ₖ₎ Mⁱ b, the truncated Neumann series, and ‖xₖ − x‖ ≤ qᵏ ‖x‖ where
     ‖M‖ ≤ q < 1. On an affine Φ, k steps give exactly what differentiating k iterations gives.
+
+    With a preconditioner P ≈ (I − M)⁻¹ it is xᵢ₊₁ = xᵢ + P (b − (I − M) xᵢ), iterative refinement,
+    which contracts by ‖I − P (I − M)‖. With a tolerance it ends where a step takes less than a tenth
+    off.
 
     Cost: one product a step (the first of them is free when `x0` is `None`). Memory: 2 vectors.
     Not for ρ(M) ≥ 1, where it diverges (status `NO_PROGRESS` or `DIVERGED`); slow for q near 1, where
@@ -36,6 +42,8 @@ def fp(
         max_steps: At most that many steps, with `rtol` and `atol`.
         rtol: Relative tolerance on the true residual, ‖b − (I − M)x‖ ≤ rtol ‖b‖.
         atol: Absolute tolerance on the same.
+        preconditioner: P ≈ (I − J)⁻¹: `inverse` of a system nearby, which somebody keeps, or a linear
+            function u ↦ P u, whose transpose is taken where the system is that of Jᵀ.
 
     Returns:
         A `LinearSolver`.
@@ -54,7 +62,28 @@ def fp(
     """
     stop = stopping("fp", num_steps, max_steps, rtol, atol)
 
+    def correct(system: System, r: PyTree, steps: jax.Array | int, tol: jax.Array) -> Correction:
+        del tol  # A step that is all of a correction: the true residual follows.
+        precondition = system.precondition
+        assert precondition is not None
+        d = precondition(r)
+        if not isinstance(steps, int):
+            return Correction(d, 1, Status.FIXED_STEPS)
+
+        def step(carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+            left = tree.sub(r, system.product(carry[0]))
+            return tree.add(carry[0], precondition(left)), left
+
+        step, start = steady(step, (d, r))
+        d, left = lax.fori_loop(1, steps, lambda _, carry: step(carry), start)
+        status = system.steps_status(system.space.norm(left), system.space.norm(r), d)
+        return Correction(d, steps, status if steps > 1 else Status.FIXED_STEPS)
+
+    refined = corrected(stop, correct, 0.9)
+
     def solve(system: System) -> tuple[PyTree, SolveInfo]:
+        if system.precondition is not None:
+            return refined(system)
         b = system.b
 
         def phi(x: PyTree) -> PyTree:
@@ -84,4 +113,4 @@ def fp(
             status = system.steps_status(residual_norm(x, image), start, image)
         return image, system.fixed(stop.num_steps, image, status)
 
-    return linear_solver("fp", solve)
+    return linear_solver("fp", solve, preconditioner=preconditioner)

@@ -20,6 +20,7 @@ from ..failure import check_on_failure
 from ..iteration import Measured, stopping, verdict
 from ..leaves import partition, started, stopped_by_residual
 from ..linear import gmres
+from ..linear.assisted import Assisted, Plain
 from ..linear.system import Kept, Reusable
 from ..linear.tunable import loosened
 from ..mapped_axes import run_if, steady
@@ -139,7 +140,8 @@ def newton(
             (),
             w_x,
             judge,
-            lambda rtol: loosened(preconditioned, rtol),
+            Plain(lambda rtol: loosened(preconditioned, rtol)),
+            (),
             lambda s: s.num_steps < stop.max_steps,
             _HALVINGS,
         )
@@ -170,6 +172,7 @@ class Newton(NamedTuple):
         left: The residual norm that the last of them left.
         num_steps: Linear solves so far.
         spent: In all.
+        kept: What the linear solves keep from one to the next.
     """
 
     w: PyTree
@@ -180,6 +183,7 @@ class Newton(NamedTuple):
     left: jax.Array
     num_steps: jax.Array
     spent: Products
+    kept: PyTree
 
     @property
     def met(self) -> jax.Array:
@@ -216,7 +220,8 @@ def newton_krylov(
     x: PyTree,
     w: PyTree,
     judge: Callable[[PyTree, PyTree], Measured],
-    make_linear_solver: Callable[[Scalar], LinearSolver],
+    solves: Plain | Assisted,
+    kept: PyTree,
     affordable: Callable[[Newton], jax.Array],
     halvings: int = 0,
     spent: Products | None = None,
@@ -224,9 +229,9 @@ def newton_krylov(
     """Brings w − Φ(w) to what `judge` asks for: Newton steps with forcing terms.
 
     Each step linearises Φ once. Where w − e does not bring the residual down, half of the step is
-    tried, up to `halvings` times. Then plain steps of Φ take its place: as many as the solve took products, so
-    that where Newton's method gets nowhere, as on the plateaus of a network, half of the work at least
-    is Φ's; ten only, where they lead away.
+    tried, up to `halvings` times. Then plain steps of Φ take its place: as many as the solve took
+    products, so that where Newton's method gets nowhere, as on the plateaus of a network, half of the
+    work at least is Φ's; ten only, where they lead away.
 
     A linear solve that missed its tolerance is a step all the same where it brought its residual down.
 
@@ -235,7 +240,8 @@ def newton_krylov(
         x: What Φ depends on beside w.
         w: The start.
         judge: The residual of w against its tolerance, from w and Φ(w).
-        make_linear_solver: Of a relative tolerance.
+        solves: The linear solves.
+        kept: What they have kept.
         affordable: Whether another step may be taken.
         halvings: Of a step that did not bring the residual down.
         spent: What was spent before.
@@ -259,7 +265,8 @@ def newton_krylov(
         # No more accurate than the goal asks for, nor than a Newton step can use.
         forcing = jnp.clip(0.5 * ratio(now.tolerance, now.norm), 1e-4, LOOSE)
         matvec = Jacobian.from_complement(product)
-        e, info = make_linear_solver(forcing.astype(real_dtype(w)))(matvec, r)
+        kept = solves.prepared(s.kept, matvec, r)
+        e, info = solves.solver(kept, forcing.astype(real_dtype(w)))(matvec, r)
         missed, residual = failed(info), info.residual.astype(dtype)
         useless = missed & ~(residual < 0.9 * now.norm)
         effort = products_of(info)
@@ -307,6 +314,7 @@ def newton_krylov(
             jnp.where(useless, s.left, left),
             s.num_steps + 1,
             s.spent._replace(phi=s.spent.phi + 1 + t.count, j=s.spent.j + effort),
+            solves.used(kept, info, forcing),
         )
 
     nothing = Products(*(jnp.int32(0) for _ in range(3)))
@@ -314,7 +322,7 @@ def newton_krylov(
     zero = jnp.zeros_like(start.norm)
     spent = spent._replace(phi=spent.phi + 1)
     false, none = jnp.asarray(False), jnp.int32(0)
-    s = Newton(w, start, start.norm, false, zero, zero + jnp.inf, none, spent)
+    s = Newton(w, start, start.norm, false, zero, zero + jnp.inf, none, spent, kept)
     return lax.while_loop(unfinished, *steady(step, s))
 
 
@@ -322,7 +330,8 @@ def solve_for_w(
     problem: Problem,
     w: PyTree,
     tau: jax.Array,
-    make_linear_solver: Callable[[Scalar], LinearSolver],
+    solves: Plain | Assisted,
+    kept: PyTree,
     max_products: int | jax.Array,
     goal: jax.Array | float = 0.0,
     spent: Products | None = None,
@@ -340,7 +349,8 @@ def solve_for_w(
         problem.x,
         w,
         judge,
-        make_linear_solver,
+        solves,
+        kept,
         lambda s: jnp.asarray(sum(s.spent)) < max_products,
         spent=spent,
     )

@@ -1,0 +1,197 @@
+"""A Krylov method that gets (I − J)⁻¹ as a matrix once that pays: `Assisted`.
+
+To rent or to buy: nobody knows beforehand how many products the systems to come will take. The matrix
+costs as much as `price` products; a Krylov method does without until it has spent as many. So both
+together cost at most about twice what the better of them would, and systems that are close to one
+another, as on the way of Newton's method and from one outer step to the next, share one matrix.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..leaves import within_shard_map
+from ..mapped_axes import run_if
+from ..real_form import Space, real_dtype
+from ..types import LinearSolver, MatVec, PyTree, Scalar, SolveInfo, failed
+from .elimination import Factors
+from .fixed_point import fp
+from .preconditioner import definite_inverse
+from .system import Reusable
+
+MAX_SIZE = 1024
+"""The largest number of real unknowns for which a matrix is made."""
+
+_AT_ONCE = 16.0  # A price so low that the first system pays it.
+_REFINEMENTS = 10
+_CONTRACTION = 0.3  # Of a refinement: where it takes less off, the matrix is one of another system.
+_BLOCKED = 0.15  # What a product costs in a block of many, of a single one.
+_START = 2e4  # Operations in the time that it takes to start one.
+
+_refined = fp(max_steps=_REFINEMENTS, preconditioner=definite_inverse(MAX_SIZE))
+_reusable = Reusable.of(_refined)
+assert _reusable is not None
+
+MakeLinearSolver = Callable[[Scalar], LinearSolver]
+
+
+class Plain(NamedTuple):
+    """Solves that keep nothing: those of a function of the user's from a tolerance to a solver."""
+
+    make_linear_solver: MakeLinearSolver
+
+    def start(self, w: PyTree) -> PyTree:
+        """What is kept, before the first solve."""
+        del w
+        return ()
+
+    def prepared(self, kept: PyTree, matvec: MatVec, w: PyTree) -> PyTree:
+        """What is kept, made ready for systems with this M = J."""
+        del matvec, w
+        return kept
+
+    def solver(self, kept: PyTree, rtol: Scalar) -> LinearSolver:
+        """The linear solver, for systems with J or with Jᵀ."""
+        del kept
+        return self.make_linear_solver(rtol)
+
+    def used(self, kept: PyTree, info: SolveInfo, rtol: Scalar) -> PyTree:
+        """What is kept, after a solve to this tolerance that ended so."""
+        del info, rtol
+        return kept
+
+    def definite(self, kept: PyTree) -> jax.Array:
+        """Whether I − J is known to be symmetric and positive definite, if it is symmetric."""
+        del kept
+        return jnp.asarray(False)
+
+
+class Assistance(NamedTuple):
+    """The state of `Assisted`.
+
+    Attributes:
+        inverse: P = (I − J)⁻¹ of a system nearby, in the real form; and whether that is symmetric and
+            positive definite. A symmetric A for which refinement by P converges is definite then too,
+            as ‖I − P^½ A P^½‖ < 1.
+        ready: Whether there is one.
+        spent: Steps of the Krylov method since there was none.
+    """
+
+    inverse: tuple[Factors, jax.Array]
+    ready: jax.Array
+    spent: jax.Array
+
+
+class Assisted(NamedTuple):
+    """Solves by a Krylov method, and by refinement with a matrix once that is there.
+
+    Attributes:
+        make_linear_solver: From a tolerance to the Krylov method.
+        price: What the matrix costs, in products.
+    """
+
+    make_linear_solver: Callable[..., LinearSolver]
+    price: float
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the matrix is made for the first system."""
+        return self.price <= _AT_ONCE
+
+    def start(self, w: PyTree) -> Assistance:
+        """As in `Plain`."""
+        size = _real_size(w)
+        empty, false = jnp.zeros((size, size), real_dtype(w)), jnp.asarray(False)
+        return Assistance((Factors(empty, empty), false), false, jnp.int32(0))
+
+    def prepared(self, kept: Assistance, matvec: MatVec, w: PyTree) -> Assistance:
+        """As in `Plain`."""
+        assert _reusable is not None
+        due = ~kept.ready if self.at_once else ~kept.ready & (kept.spent >= self.price)
+
+        def make() -> Assistance:
+            return Assistance(_reusable.state(matvec, w), jnp.asarray(True), jnp.int32(0))
+
+        return run_if(due, make, kept)
+
+    def solver(self, kept: Assistance, rtol: Scalar) -> LinearSolver:
+        """As in `Plain`."""
+        assert _reusable is not None
+        built: Any = _reusable.using(kept.inverse, transposed=False)
+        refined = built.replaced(rtol=rtol)
+        if self.at_once:
+            return refined
+        krylov = self.make_linear_solver(rtol, max_steps=max(math.ceil(self.price), 50))
+
+        def solve(matvec: MatVec, b: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
+            return lax.cond(
+                kept.ready, lambda: refined(matvec, b, x0), lambda: krylov(matvec, b, x0)
+            )
+
+        return solve
+
+    def used(self, kept: Assistance, info: SolveInfo, rtol: Scalar) -> Assistance:
+        """As in `Plain`."""
+        enough = 2 + jnp.log(jnp.asarray(rtol)) / math.log(_CONTRACTION)
+        good = kept.ready & ~failed(info) & (info.num_steps <= enough)
+        spent = jnp.where(kept.ready, 0, kept.spent + info.num_steps)
+        return kept._replace(ready=good, spent=spent)
+
+    def definite(self, kept: Assistance) -> jax.Array:
+        """As in `Plain`; where the solves by the matrix have converged."""
+        return kept.inverse[1] & (self.at_once | kept.ready)
+
+
+def assisted(
+    make_linear_solver: Callable[..., LinearSolver], phi: Callable[[PyTree], PyTree], w: PyTree
+) -> Assisted | Plain:
+    """`Assisted` where a matrix may be made: for few unknowns, on one device.
+
+    Args:
+        make_linear_solver: `make_linear_solver(rtol, max_steps=1000)`.
+        phi: Φ, of inexact leaves.
+        w: Such leaves.
+    """
+    size = _real_size(w)
+    if not 0 < size <= MAX_SIZE or within_shard_map() or jax.device_count() > 1:
+        return Plain(make_linear_solver)
+    jaxpr = jax.make_jaxpr(phi)(w).jaxpr
+    if any(Space.of(jaxpr, w).axes):
+        return Plain(make_linear_solver)
+    return Assisted(make_linear_solver, _BLOCKED * size + size**3 / (_START + operations(jaxpr)))
+
+
+def operations(jaxpr: Any) -> float:
+    """About how many operations a program takes; a `while_loop` counts as one pass."""
+    count = 0.0
+    for equation in jaxpr.eqns:
+        inside = [
+            operations(getattr(part, "jaxpr", part))
+            for value in equation.params.values()
+            for part in (value if isinstance(value, tuple | list) else (value,))
+            if hasattr(part, "eqns") or hasattr(part, "jaxpr")
+        ]
+        out = float(sum(math.prod(getattr(x.aval, "shape", ())) for x in equation.outvars))
+        if equation.primitive.name == "scan":
+            count += equation.params["length"] * sum(inside)
+        elif inside:
+            count += max(inside) if equation.primitive.name == "cond" else sum(inside)
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            count += 2 * out * math.prod(shape[axis] for axis in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            numbers = equation.params["dimension_numbers"]
+            count += 2 * out * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
+        else:
+            count += out
+    return count
+
+
+def _real_size(w: PyTree) -> int:
+    return sum(x.size * (2 if jnp.iscomplexobj(x) else 1) for x in jax.tree.leaves(w))
