@@ -12,27 +12,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ..leaves import within_shard_map
 from ..mapped_axes import run_if
 from ..real_form import Space, real_dtype
 from ..types import LinearSolver, MatVec, PyTree, Scalar, SolveInfo, failed
 from .elimination import Factors
-from .fixed_point import fp
-from .preconditioner import definite_inverse
+from .fixed_point import refinement
+from .preconditioner import Known, known_inverse
 from .system import Reusable
 
 MAX_SIZE = 1024
 """The largest number of real unknowns for which a matrix is made."""
 
 _AT_ONCE = 16.0  # A price so low that the first system pays it.
-_REFINEMENTS = 10
+_REFINEMENTS = 30
+_WORTHWHILE = 0.7  # What a step is to leave at most: a Krylov method does better then.
 _CONTRACTION = 0.3  # Of a refinement: where it takes less off, the matrix is one of another system.
 _BLOCKED = 0.15  # What a product costs in a block of many, of a single one.
 _START = 2e4  # Operations in the time that it takes to start one.
 
-_refined = fp(max_steps=_REFINEMENTS, preconditioner=definite_inverse(MAX_SIZE))
+_refined = refinement(
+    max_steps=_REFINEMENTS, reduction=_WORTHWHILE, preconditioner=known_inverse(MAX_SIZE)
+)
 _reusable = Reusable.of(_refined)
 assert _reusable is not None
 
@@ -74,15 +76,12 @@ class Assistance(NamedTuple):
     """The state of `Assisted`.
 
     Attributes:
-        inverse: P = (I − J)⁻¹ of a system nearby, in the real form; and whether that is symmetric and
-            positive definite. A symmetric A for which refinement by P converges is definite then too,
-            as ‖I − P^½ A P^½‖ < 1.
-        ready: Whether there is one.
-        spent: Steps of the Krylov method since there was none.
+        inverse: P = (I − J)⁻¹ of a system nearby, in the real form. A symmetric A for which refinement
+            by P converges is definite where the system of P is, as ‖I − P^½ A P^½‖ < 1.
+        spent: Steps since there was none.
     """
 
-    inverse: tuple[Factors, jax.Array]
-    ready: jax.Array
+    inverse: Known
     spent: jax.Array
 
 
@@ -106,15 +105,16 @@ class Assisted(NamedTuple):
         """As in `Plain`."""
         size = _real_size(w)
         empty, false = jnp.zeros((size, size), real_dtype(w)), jnp.asarray(False)
-        return Assistance((Factors(empty, empty), false), false, jnp.int32(0))
+        return Assistance(Known(Factors(empty, empty), false, false), jnp.int32(0))
 
     def prepared(self, kept: Assistance, matvec: MatVec, w: PyTree) -> Assistance:
         """As in `Plain`."""
         assert _reusable is not None
-        due = ~kept.ready if self.at_once else ~kept.ready & (kept.spent >= self.price)
+        ready = kept.inverse.ready
+        due = ~ready if self.at_once else ~ready & (kept.spent >= self.price)
 
         def make() -> Assistance:
-            return Assistance(_reusable.state(matvec, w), jnp.asarray(True), jnp.int32(0))
+            return Assistance(_reusable.state(matvec, w), jnp.int32(0))
 
         return run_if(due, make, kept)
 
@@ -128,22 +128,24 @@ class Assisted(NamedTuple):
         krylov = self.make_linear_solver(rtol, max_steps=max(math.ceil(self.price), 50))
 
         def solve(matvec: MatVec, b: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
-            return lax.cond(
-                kept.ready, lambda: refined(matvec, b, x0), lambda: krylov(matvec, b, x0)
-            )
+            # Steps of the fixed-point method are the cheapest, for as long as they contract.
+            x, first = refined(matvec, b, x0)
+            x, info = krylov(matvec, b, x)
+            return x, info._replace(num_steps=first.num_steps + info.num_steps)
 
         return solve
 
     def used(self, kept: Assistance, info: SolveInfo, rtol: Scalar) -> Assistance:
         """As in `Plain`."""
         enough = 2 + jnp.log(jnp.asarray(rtol)) / math.log(_CONTRACTION)
-        good = kept.ready & ~failed(info) & (info.num_steps <= enough)
-        spent = jnp.where(kept.ready, 0, kept.spent + info.num_steps)
-        return kept._replace(ready=good, spent=spent)
+        ready = kept.inverse.ready
+        good = ready & ~failed(info) & (info.num_steps <= enough)
+        spent = jnp.where(ready, 0, kept.spent + info.num_steps)
+        return Assistance(kept.inverse._replace(ready=good), spent)
 
     def definite(self, kept: Assistance) -> jax.Array:
         """As in `Plain`; where the solves by the matrix have converged."""
-        return kept.inverse[1] & (self.at_once | kept.ready)
+        return kept.inverse.ready & kept.inverse.definite
 
 
 def assisted(

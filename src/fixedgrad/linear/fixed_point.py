@@ -1,5 +1,7 @@
 """The fixed-point method for (I − M) x = b: `fp`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -62,24 +64,7 @@ def fp(
     """
     stop = stopping("fp", num_steps, max_steps, rtol, atol)
 
-    def correct(system: System, r: PyTree, steps: jax.Array | int, tol: jax.Array) -> Correction:
-        del tol  # A step that is all of a correction: the true residual follows.
-        precondition = system.precondition
-        assert precondition is not None
-        d = precondition(r)
-        if not isinstance(steps, int):
-            return Correction(d, 1, Status.FIXED_STEPS)
-
-        def step(carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            left = tree.sub(r, system.product(carry[0]))
-            return tree.add(carry[0], precondition(left)), left
-
-        step, start = steady(step, (d, r))
-        d, left = lax.fori_loop(1, steps, lambda _, carry: step(carry), start)
-        status = system.steps_status(system.space.norm(left), system.space.norm(r), d)
-        return Correction(d, steps, status if steps > 1 else Status.FIXED_STEPS)
-
-    refined = corrected(stop, correct, 0.9)
+    refined = corrected(stop, _refinement, 0.9)
 
     def solve(system: System) -> tuple[PyTree, SolveInfo]:
         if system.precondition is not None:
@@ -114,3 +99,32 @@ def fp(
         return image, system.fixed(stop.num_steps, image, status)
 
     return linear_solver("fp", solve, preconditioner=preconditioner)
+
+
+@tunable
+def refinement(
+    *, max_steps: int, rtol: Scalar = 0.0, reduction: float, preconditioner: Any
+) -> LinearSolver:
+    """`fp` with a preconditioner, for as long as a step takes the share 1 − `reduction` off."""
+    stop = stopping("fp", None, max_steps, rtol, 0.0)
+    refined = corrected(stop, _refinement, reduction)
+    return linear_solver("fp", refined, preconditioner=preconditioner)
+
+
+def _refinement(system: System, r: PyTree, steps: jax.Array | int, tol: jax.Array) -> Correction:
+    """One step of iterative refinement, or exactly `steps`."""
+    del tol  # A step that is all of a correction: the true residual follows.
+    precondition = system.precondition
+    assert precondition is not None
+    d = precondition(r)
+    if not isinstance(steps, int):
+        return Correction(d, 1, Status.FIXED_STEPS)
+
+    def step(carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        left = tree.sub(r, system.product(carry[0]))
+        return tree.add(carry[0], precondition(left)), left
+
+    step, start = steady(step, (d, r))
+    d, left = lax.fori_loop(1, steps, lambda _, carry: step(carry), start)
+    status = system.steps_status(system.space.norm(left), system.space.norm(r), d)
+    return Correction(d, steps, status if steps > 1 else Status.FIXED_STEPS)

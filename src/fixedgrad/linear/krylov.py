@@ -227,13 +227,12 @@ class _BiCGStab(NamedTuple):
 
 
 class _Arnoldi(NamedTuple):
-    """The carry of a GMRES cycle: the basis V, the triangle R and g of min ‖g − R y‖."""
+    """The carry of a GMRES cycle: the basis V, the rotations, R and g of min ‖g − R y‖."""
 
     j: jax.Array
     basis: PyTree
+    rotations: jax.Array
     triangle: jax.Array
-    cosines: jax.Array
-    sines: jax.Array
     g: jax.Array
     ended: jax.Array
 
@@ -266,25 +265,23 @@ def _gmres_cycle(
         u = tree.scale(jnp.where(ended, 0.0, 1 / jnp.where(ended, 1.0, height)), u)
         h = h.at[j + 1].set(jnp.where(ended, 0.0, height))
 
-        def rotate(i: jax.Array, h: jax.Array) -> jax.Array:
-            a, b = h[i], h[i + 1]
-            turned = jnp.stack(
-                [c.cosines[i] * a + c.sines[i] * b, c.cosines[i] * b - c.sines[i] * a]
-            )
-            return lax.dynamic_update_slice(h, turned, (i,))
-
-        h = lax.fori_loop(0, j, rotate, h)
+        # All rotations so far are one matrix: a loop over them would take longer than the products.
+        h = jnp.matmul(c.rotations, h, precision="highest")
         radius = jnp.hypot(h[j], h[j + 1])
-        cosine = jnp.where(radius > 0, h[j] / jnp.where(radius > 0, radius, 1.0), 1.0)
-        sine = jnp.where(radius > 0, h[j + 1] / jnp.where(radius > 0, radius, 1.0), 0.0)
+        safe = jnp.where(radius > 0, radius, 1.0)
+        cosine = jnp.where(radius > 0, h[j] / safe, 1.0)
+        sine = jnp.where(radius > 0, h[j + 1] / safe, 0.0)
+        turn = jnp.stack([jnp.stack([cosine, sine]), jnp.stack([-sine, cosine])])
+        pair = lax.dynamic_slice_in_dim(c.rotations, j, 2)
+        pair = jnp.matmul(turn, pair, precision="highest")
+        rotations = lax.dynamic_update_slice_in_dim(c.rotations, pair, j, axis=0)
         h = h.at[j].set(radius).at[j + 1].set(0.0)
         g = c.g.at[j + 1].set(-sine * c.g[j]).at[j].set(cosine * c.g[j])
         return _Arnoldi(
             j + 1,
             jax.tree.map(lambda q, x: q.at[j + 1].set(x), c.basis, u),
+            rotations,
             c.triangle.at[:, j].set(h[:length]),
-            c.cosines.at[j].set(cosine),
-            c.sines.at[j].set(sine),
             g,
             ended,
         )
@@ -299,13 +296,11 @@ def _gmres_cycle(
     basis = jax.tree.map(
         lambda x: jnp.expand_dims(first, range(1, x.ndim + 1)) * (x / safe)[None], r
     )
-    zeros = jnp.zeros(length, dtype)
     start = _Arnoldi(
         jnp.int32(0),
         basis,
+        jnp.eye(length + 1, dtype=dtype),
         jnp.zeros((length, length), dtype),
-        zeros,
-        zeros,
         jnp.zeros(length + 1, dtype).at[0].set(beta),
         jnp.asarray(False),
     )

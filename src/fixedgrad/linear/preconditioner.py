@@ -180,18 +180,32 @@ def inverse(*, max_size: int = 4096, block_size: int = 128, every: int = 10) -> 
     return Preconditioner(build, _by_factors, every)
 
 
-def definite_inverse(max_size: int) -> Preconditioner:
-    """`inverse`, whose state is a pair: whether A is symmetric and positive definite comes second."""
+class Known(NamedTuple):
+    """The state of `known_inverse`.
 
-    def build(product: MatVec, like: PyTree, space: Space) -> tuple[Factors, jax.Array]:
+    Attributes:
+        factors: P = A⁻¹, where `ready`.
+        ready: Whether it is there; else P = I.
+        definite: Whether A is symmetric and positive definite.
+    """
+
+    factors: Factors
+    ready: jax.Array
+    definite: jax.Array
+
+
+def known_inverse(max_size: int) -> Preconditioner:
+    """`inverse` once it is known, and until then the identity."""
+
+    def build(product: MatVec, like: PyTree, space: Space) -> Known:
         matrix = _matrix_of(product, like, space, max_size, max_size)
         skew, size = jnp.max(jnp.abs(matrix - matrix.T)), jnp.max(jnp.abs(matrix))
         symmetric = skew <= jnp.finfo(matrix.dtype).eps ** 0.5 * size
         definite = symmetric & jnp.all(jnp.isfinite(jnp.linalg.cholesky(matrix)))
-        return factorised(matrix), definite
+        return Known(factorised(matrix), jnp.asarray(True), definite)
 
-    def apply(state: tuple[Factors, jax.Array], x: PyTree, space: Space) -> PyTree:
-        return _by_factors(state[0], x, space)
+    def apply(state: Known, x: PyTree, space: Space) -> PyTree:
+        return lax.cond(state.ready, lambda: _by_factors(state.factors, x, space), lambda: x)
 
     return Preconditioner(build, apply)
 

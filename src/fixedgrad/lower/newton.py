@@ -47,6 +47,7 @@ tree = optax.tree
 
 _PLAIN_STEPS = 10  # Steps of Φ, at least, where a Newton step does not bring the residual down.
 _HALVINGS = 4  # Shorter steps that are tried before these.
+_WORTHWHILE = 0.7  # What a step of Φ is to leave of the residual at most: else Newton's do better.
 LOOSE = 0.1  # Tolerance of the solves in an estimate, and of a Newton step far from the goal.
 _SOLVER = gmres(max_steps=1000, restart=50)
 
@@ -225,6 +226,7 @@ def newton_krylov(
     affordable: Callable[[Newton], jax.Array],
     halvings: int = 0,
     spent: Products | None = None,
+    image: PyTree | None = None,
 ) -> Newton:
     """Brings w − Φ(w) to what `judge` asks for: Newton steps with forcing terms.
 
@@ -245,9 +247,10 @@ def newton_krylov(
         affordable: Whether another step may be taken.
         halvings: Of a step that did not bring the residual down.
         spent: What was spent before.
+        image: Φ(w), where it is known.
     """
     space = equation.space(w)
-    start = judge(w, equation.phi(w, x))
+    start = judge(w, equation.phi(w, x) if image is None else image)
     dtype = start.norm.dtype  # Which holds more than w, where λ has more.
 
     def size_of(u: PyTree) -> jax.Array:
@@ -320,7 +323,7 @@ def newton_krylov(
     nothing = Products(*(jnp.int32(0) for _ in range(3)))
     spent = nothing if spent is None else spent
     zero = jnp.zeros_like(start.norm)
-    spent = spent._replace(phi=spent.phi + 1)
+    spent = spent._replace(phi=spent.phi + int(image is None))
     false, none = jnp.asarray(False), jnp.int32(0)
     s = Newton(w, start, start.norm, false, zero, zero + jnp.inf, none, spent, kept)
     return lax.while_loop(unfinished, *steady(step, s))
@@ -336,24 +339,52 @@ def solve_for_w(
     goal: jax.Array | float = 0.0,
     spent: Products | None = None,
 ) -> Newton:
-    """Brings ‖w − Φ(w)‖ to `tau`, or to `goal` ‖Φ(w)‖ if that is more."""
-    norm, floor = problem.norm, LAST_DIGITS * resolution(w)
+    """Brings ‖w − Φ(w)‖ to `tau`, or to `goal` ‖Φ(w)‖ if that is more.
+
+    First by steps of Φ, for as long as each takes a good part off: nothing is cheaper.
+    """
+    norm, floor, x = problem.norm, LAST_DIGITS * resolution(w), problem.x
+    phi = problem.equation.phi
 
     def judge(w: PyTree, image: PyTree) -> Measured:
         tolerance = jnp.maximum(tau, goal * norm(image))
         size = norm(tree.sub(w, image))
         return Measured(size, tolerance, floor * norm(w), jnp.asarray(False))
 
+    def contracts(c: _Plain) -> jax.Array:
+        return ~c.measured.met & (c.measured.norm <= _WORTHWHILE * c.before)
+
+    def step(c: _Plain) -> _Plain:
+        image = phi(c.image, x)
+        return _Plain(c.image, image, judge(c.image, image), c.measured.norm, c.count + 1)
+
+    image = phi(w, x)
+    start = judge(w, image)
+    c = _Plain(w, image, start, jnp.full_like(start.norm, jnp.inf), jnp.int32(1))
+    c = lax.while_loop(contracts, *steady(step, c))
+    nothing = Products(*(jnp.int32(0) for _ in range(3)))
+    spent = nothing if spent is None else spent
     return newton_krylov(
         problem.equation,
-        problem.x,
-        w,
+        x,
+        c.w,
         judge,
         solves,
         kept,
         lambda s: jnp.asarray(sum(s.spent)) < max_products,
-        spent=spent,
+        spent=spent._replace(phi=spent.phi + c.count),
+        image=c.image,
     )
+
+
+class _Plain(NamedTuple):
+    """The carry of steps of Φ: w, Φ(w), its residual, the one before, evaluations of Φ."""
+
+    w: PyTree
+    image: PyTree
+    measured: Measured
+    before: jax.Array
+    count: jax.Array
 
 
 def products_of(info: SolveInfo) -> jax.Array:
