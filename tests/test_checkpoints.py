@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import fixedgrad as fg
 from problems import PROBLEM, PROBLEMS, assert_close, named, single
@@ -290,3 +291,21 @@ def test_the_refusal_of_steps_with_a_tolerance_names_the_scheme_that_reverses_th
         TypeError, match=r"`checkpoints=recursive\(\)`, which sees whether the steps"
     ):
         jax.grad(lambda lam: jnp.sum(solver(W0, lam)))(LAM)
+
+
+@pytest.mark.parametrize("rule", [{"num_steps": 40}, {"max_steps": 99, "rtol": 1e-12}])
+def test_devices_that_need_other_numbers_of_steps_do_not_wait_for_one_another(rule):
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    data = jnp.array([0.3, 1.0])
+
+    def total(lam, **rule):
+        def local(lam, data):
+            w = fg.picard(phi, **rule)(0 * data, lam, 0.5 * data)  # λ is replicated, and w is not.
+            return jax.lax.psum(jnp.sum(w**2), "i")
+
+        specs = P(), P("i")
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(lam, data)
+
+    got = jax.grad(functools.partial(total, checkpoints=fg.recursive(), **rule))(0.3)
+    want = jax.grad(functools.partial(total, num_steps=40))(0.3)
+    np.testing.assert_allclose(got, want, rtol=1e-9)

@@ -15,10 +15,10 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from ..failure import enforce
+from ..failure import enforce, zero_where
 from ..iteration import Measured, Stopping, iterate, iterate_keeping
-from ..leaves import closure_converted, is_inexact, partition
-from ..mapped_axes import steady
+from ..leaves import closure_converted, is_inexact, partition, within_shard_map
+from ..mapped_axes import casts, largest, steady, varying_axes
 from ..real_form import Space, of_iterate
 from ..types import OnFailure, PyTree, SolveInfo, Status, solve_info, status_where
 from .solver import Lower
@@ -209,7 +209,7 @@ def until(
         return Forward(c.w, info, info.num_steps, c.kept.slots)
 
     def judged(done: Forward, w_bar: PyTree, left: PyTree, bars: PyTree) -> PyTree:
-        info = enough_steps(lower.space, done, w_bar, left)
+        info = agreed(enough_steps(lower.space, done, w_bar, left), bars)
         return enforce(on_failure, _STAGE, info, bars)
 
     return _with_reverse(lower.phi, lower.w0, run, kept, judged, held)
@@ -237,6 +237,16 @@ def enough_steps(space: Space, done: Forward, w_bar: PyTree, left: PyTree) -> So
     return solve_info(done.num_steps, residual, status, tolerance)
 
 
+def agreed(info: SolveInfo, bars: PyTree) -> SolveInfo:
+    """The worst info along the axes over which a cotangent is a sum of all devices."""
+    if not within_shard_map():
+        return info
+    spread = varying_axes(info)
+    summed = frozenset[str]().union(*(spread - varying_axes(x) for x in jax.tree.leaves(bars)))
+    fields = info.num_steps, info.residual, info.status, info.tolerance
+    return solve_info(*(largest(x, tuple(sorted(summed))) for x in fields))
+
+
 def _with_reverse(
     phi: Step,
     w0: PyTree,
@@ -256,6 +266,7 @@ def _with_reverse(
         held: What `run` and `kept` depend on beside Φ, constants.
     """
     # A rule runs when JAX comes to it, maybe after the trace that Φ closes over has ended.
+    _, w0 = steady(phi, w0)
     converted = closure_converted(phi, w0)
 
     def step_at(values: list[Any]) -> Step:
@@ -281,7 +292,8 @@ def _with_reverse(
             return [s if m is None else m for m, s in zip(moving, still, strict=True)]
 
         def pull_back(carry: Any) -> Any:
-            i, w_bar, x_bar, slots = carry
+            k, w_bar, x_bar, slots = carry
+            i = jnp.minimum(k, done.num_steps)
             j, w = slots.last_before(i)
             slots, w = advanced(step_at(values_at(moving)), slots, j, w, i)
             w_x, w_rest, join = partition(w)
@@ -290,12 +302,14 @@ def _with_reverse(
                 return partition(step_at(values_at(moving))(join(w_x, w_rest)))[0]
 
             _, pull = jax.vjp(image, w_x, moving)
-            w_bar, more = pull(w_bar)
-            return i - 1, w_bar, jax.tree.map(jnp.add, x_bar, more), slots
+            ours = k <= done.num_steps
+            pulled, more = pull(zero_where(~ours, w_bar))
+            w_bar = jax.tree.map(lambda new, old: jnp.where(ours, new, old), pulled, w_bar)
+            return k - 1, w_bar, jax.tree.map(jnp.add, x_bar, more), slots
 
         w_bar = jax.tree.map(_cotangent, partition(done.w)[0], bars[0], is_leaf=_is_none)
         x_bar = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), x.dtype), moving)
-        carry = done.num_steps, w_bar, x_bar, done.slots
+        carry = in_step(done.num_steps, done.w, moving), w_bar, x_bar, done.slots
         body, carry = steady(pull_back, carry)
         _, left, x_bar, _ = lax.while_loop(lambda carry: carry[0] > 0, body, carry)
         left, x_bar = judged(done, w_bar, left, (left, x_bar))
@@ -303,6 +317,22 @@ def _with_reverse(
 
     solve.defvjp(forward, backward, symbolic_zeros=True)
     return solve(w0, converted.values, held or [])
+
+
+def in_step(num_steps: jax.Array, w: PyTree, moving: PyTree) -> jax.Array:
+    """Over how many steps the devices of a `shard_map` go backward together.
+
+    JAX sums a cotangent over an axis, step by step, where its primal does not vary along it. Devices
+    that leave the loop after other numbers of steps would wait for one another for ever. So the early
+    ones stay, and add zeros.
+    """
+    if not within_shard_map():
+        return num_steps
+    summed = frozenset[str]().union(
+        *(varying_axes(w) - varying_axes(x) for x in jax.tree.leaves(moving))
+    )
+    # A counter is typed as the same on all devices, whatever the condition of its loop is.
+    return largest(casts(num_steps, summed).varying(num_steps), tuple(sorted(summed)))
 
 
 def _is_none(x: Any) -> bool:
