@@ -365,6 +365,7 @@ LINEAR = {row.name: row for row in LINEAR_SOLVERS}
 
 LOWER_SOLVERS = (
     LowerRow("picard", fg.picard, 60),
+    LowerRow("picard recursive", functools.partial(fg.picard, checkpoints=fg.recursive()), 60),
     LowerRow("anderson", fg.anderson, 30),
     LowerRow("anderson window", functools.partial(fg.anderson, window=2, regularisation=1e-8), 30),
     LowerRow("broyden", fg.broyden, 30),

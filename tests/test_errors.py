@@ -498,6 +498,28 @@ LINEAR_SOLVER_ROWS = [
 ]
 OTHER_ROWS = [
     Row(
+        "picard with a factory for its checkpoints",
+        TypeError,
+        r"`checkpoints` of `picard` must be `every_iterate\(\)`, .* or `recursive\(\)`, got <function",
+        lambda: fg.picard(half, num_steps=2, checkpoints=fg.nested),
+    ),
+    Row(
+        "recursive with no checkpoint",
+        ValueError,
+        "`num_checkpoints` of `recursive` must be a positive integer known before tracing, got 0",
+        lambda: fg.recursive(num_checkpoints=0),
+    ),
+    Row(
+        "forward mode of recursive checkpoints",
+        TypeError,
+        "custom_vjp",
+        lambda: jax.jvp(
+            lambda lam: fg.picard(half, num_steps=2, checkpoints=fg.recursive())(ONES, lam),
+            (ONES,),
+            (ONES,),
+        ),
+    ),
+    Row(
         "itd through a host solver",
         TypeError,
         "A solver made by `from_host` is not JAX and cannot be differentiated itself. Decorate it "

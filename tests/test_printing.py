@@ -34,6 +34,10 @@ CALLS = {
     "bicgstab(num_steps=3)": fg.bicgstab(num_steps=3),
     "dense(max_size=9)": fg.dense(max_size=9),
     "picard(phi, num_steps=3)": fg.picard(phi, num_steps=3),
+    "picard(phi, num_steps=3, checkpoints=nested())": fg.picard(
+        phi, num_steps=3, checkpoints=fg.nested()
+    ),
+    "recursive(num_checkpoints=4)": fg.recursive(num_checkpoints=4),
     "anderson(phi, num_steps=3, window=2)": fg.anderson(phi, num_steps=3, window=2),
     "from_host(phi)": fg.from_host(phi),
     "picard(gradient_descent(outer, step_size=0.5), num_steps=2)": fg.picard(

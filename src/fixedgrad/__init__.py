@@ -56,13 +56,18 @@ from .linear import inverse as inverse
 from .linear import normal_cg as normal_cg
 from .linear import nystrom as nystrom
 from .lower import CheckedSolver as CheckedSolver
+from .lower import Checkpoints as Checkpoints
 from .lower import anderson as anderson
 from .lower import broyden as broyden
+from .lower import every_iterate as every_iterate
 from .lower import from_host as from_host
 from .lower import from_optax as from_optax
 from .lower import from_optimistix as from_optimistix
+from .lower import nested as nested
 from .lower import newton as newton
 from .lower import picard as picard
+from .lower import recursive as recursive
+from .lower import rematerialised as rematerialised
 from .lower import with_tolerance as with_tolerance
 from .maps import Momentum as Momentum
 from .maps import damped as damped
@@ -96,6 +101,7 @@ __all__ = [
     "Certificate",
     "CertificateStatus",
     "CheckedSolver",
+    "Checkpoints",
     "Estimator",
     "GradientCheck",
     "Hypergradient",
@@ -133,6 +139,7 @@ __all__ = [
     "cold",
     "damped",
     "dense",
+    "every_iterate",
     "extrapolated",
     "fixed_point",
     "forward",
@@ -147,6 +154,7 @@ __all__ = [
     "hypergradient",
     "inverse",
     "itd",
+    "nested",
     "nesterov",
     "newton",
     "normal_cg",
@@ -158,6 +166,8 @@ __all__ = [
     "polished",
     "proximal_gradient",
     "recommend",
+    "recursive",
+    "rematerialised",
     "separately",
     "truncated_itd",
     "warm",

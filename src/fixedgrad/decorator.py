@@ -1,12 +1,12 @@
 """`fixed_point`: the decorator that gives any solver of w = Φ(w, λ) the derivatives of an estimator.
 
-The only place that gives derivatives by `jax.custom_vjp` and `jax.custom_jvp`; `from_host` has a
-`jax.custom_jvp` too, which refuses them.
+The only place that gives derivatives of w(λ) by `jax.custom_vjp` and `jax.custom_jvp`. `recursive` has
+a `jax.custom_vjp` for its own steps; `from_host` and solvers with a tolerance have a `jax.custom_jvp`
+that refuses them.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .compiled import Compiled
-from .errors import check_callable, check_same, hint, shapes_of, show
+from .errors import check_callable, check_same, hint, no_custom_vjp, shapes_of, show
 from .estimators import check_estimator
 from .failure import check_on_failure, enforce, enforce_value
 from .leaves import (
@@ -64,7 +64,8 @@ _FORWARD_PHI = (
     "`fixed_point` differentiates `phi` in forward mode here, as `forward(...)`, `itd()` in a `jvp` "
     "and second derivatives of `aid` do, and a `jax.custom_vjp` in `phi` does not allow it: decorate a "
     "solver in `phi` with `fixedgrad.forward(...)` of its estimator, and write a function as a "
-    "`jax.custom_jvp`."
+    "`jax.custom_jvp`. The solver may hold one as well: `picard` with `checkpoints=recursive()` does, "
+    "and with `nested()` it does not."
 )
 
 
@@ -192,7 +193,7 @@ def fixed_point(
             def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
                 check(args, kwargs)
                 check_arrays("fixed_point", "w0", w0)
-                with _no_custom_vjp(refused):
+                with no_custom_vjp(refused):
                     return run(w0, *args, **kwargs)
 
             # Not its attributes: a `with_info` of the solver would go around the rule.
@@ -205,18 +206,6 @@ def fixed_point(
         return solve
 
     return decorate
-
-
-@contextmanager
-def _no_custom_vjp(text: str) -> Iterator[None]:
-    """Says what to do instead where JAX refuses forward mode of a `custom_vjp`; once."""
-    try:
-        yield
-    except TypeError as error:
-        told = any("fixedgrad.forward(" in note for note in getattr(error, "__notes__", ()))
-        if "custom_vjp" in str(error) and not told:
-            error.add_note(text)
-        raise
 
 
 def _implicit(
@@ -290,7 +279,7 @@ def _implicit(
         return enforce(on_failure, STAGE, back.info, back.x_bar)
 
     def push_at(w: PyTree, x: PyTree, rest: PyTree, w_rest: PyTree, x_dot: PyTree) -> PyTree:
-        with _no_custom_vjp(_FORWARD_PHI):
+        with no_custom_vjp(_FORWARD_PHI):
             return estimator.jvp(equation(rest, w_rest), w, x, x_dot, solve_linearly)
 
     pull: Callable[..., PyTree] = pull_at

@@ -91,6 +91,18 @@ def hint(*exceptions: type[Exception], text: Callable[[], str]) -> Iterator[None
         raise
 
 
+@contextmanager
+def no_custom_vjp(text: str) -> Iterator[None]:
+    """Says what to do instead where JAX refuses forward mode of a `custom_vjp`; once."""
+    try:
+        yield
+    except TypeError as error:
+        told = any("`fixedgrad." in note for note in getattr(error, "__notes__", ()))
+        if "custom_vjp" in str(error) and not told:
+            error.add_note(text)
+        raise
+
+
 def _is_numeric(value: object, *more: type) -> bool:
     kinds = (int, float, np.ndarray, np.generic, jax.Array, *more)
     return isinstance(value, kinds) and not isinstance(value, bool)

@@ -39,7 +39,8 @@ def itd() -> Estimator:
 
     JAX differentiates the solver, in reverse and in forward mode; `forward` changes nothing. Both need
     a number of steps that is fixed, such as `picard` with `num_steps`. A loop that a tolerance on w
-    ends says nothing of w': `picard` and `anderson` with `max_steps` are refused. For a `while_loop`
+    ends says nothing of w': `picard` and `anderson` with `max_steps` are refused, but for `picard` with
+    `checkpoints=recursive()`, which sees in reverse mode whether the steps suffice. For a `while_loop`
     of your own JAX has forward mode, and refuses reverse mode.
 
     Assumed, not checked: for the bound, that the solver iterates Φ, from a w₀ that does not depend
@@ -47,7 +48,8 @@ def itd() -> Estimator:
     takes no step, and its derivative is 0.
 
     Cost: reverse, about t products with Jᵀ, forward t products with J for each tangent. Memory:
-    reverse, all t iterates; forward 2 w for each tangent, whatever t.
+    reverse, all t iterates, or as few of them as `checkpoints` of `picard` has it; forward 2 w for each
+    tangent, whatever t.
     When not to use it: for large t in reverse mode (memory), or for a solver that JAX cannot
     differentiate; `aid` needs neither.
 

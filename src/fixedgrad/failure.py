@@ -43,6 +43,8 @@ _REMEDY = {
     Status.NOT_RUN: "the solver says that it did not converge",
     Status.NOT_FIXED: "phi(w) is nothing like the solver's w: is `phi` the residual F(w, lambda) whose "
     "root is sought? Then phi = w - F",
+    Status.TOO_FEW_STEPS: "the steps that `w` needed are too few for its derivative: start further "
+    "from the solution, give `num_steps`, or use `aid`, whose derivative does not depend on the start",
     Status.NON_FINITE: "NaN or infinity appeared: check `phi` and the solver at this point",
 }
 

@@ -146,13 +146,14 @@ def goes_on(
 
 
 class Iterated(NamedTuple):
-    """An iterate w, Φ(w), the residual Φ(w) − w, and how the iteration came to it."""
+    """An iterate w, Φ(w), the residual Φ(w) − w, how the iteration came to it, what it kept."""
 
     num_steps: jax.Array
     w: PyTree
     image: PyTree
     measured: Measured
     progress: Progress
+    kept: PyTree = ()
 
 
 def iterate(
@@ -176,6 +177,26 @@ def iterate(
     Returns:
         w, Φ(w), and the verdict.
     """
+    c, info = iterate_keeping(phi, w0, image, measure, max_steps, (), _nothing, max_growth)
+    return c.w, c.image, info
+
+
+def _nothing(kept: PyTree, i: jax.Array, w: PyTree) -> PyTree:
+    del i, w
+    return kept
+
+
+def iterate_keeping(
+    phi: Callable[[PyTree], PyTree],
+    w0: PyTree,
+    image: PyTree,
+    measure: Callable[[PyTree, PyTree], Measured],
+    max_steps: int,
+    kept: PyTree,
+    keep: Callable[[PyTree, jax.Array, PyTree], PyTree],
+    max_growth: float = jnp.inf,
+) -> tuple[Iterated, SolveInfo]:
+    """`iterate`, with `kept = keep(kept, i, wᵢ)` after step i: the last state, and the verdict."""
 
     def unfinished(c: Iterated) -> jax.Array:
         grown = c.measured.norm > max_growth * start.norm
@@ -184,12 +205,13 @@ def iterate(
     def step(c: Iterated) -> Iterated:
         image = phi(c.image)
         measured, i = measure(c.image, image), c.num_steps + 1
-        return Iterated(i, c.image, image, measured, c.progress.after(i, measured))
+        progress, kept = c.progress.after(i, measured), keep(c.kept, i, c.image)
+        return Iterated(i, c.image, image, measured, progress, kept)
 
     start = measure(w0, image)
-    carry = Iterated(jnp.int32(0), w0, image, start, first_progress(start))
+    carry = Iterated(jnp.int32(0), w0, image, start, first_progress(start), kept)
     c = lax.while_loop(unfinished, *steady(step, carry))
-    return c.w, c.image, verdict(c.num_steps, c.measured, start.norm, c.progress)
+    return c, verdict(c.num_steps, c.measured, start.norm, c.progress)
 
 
 def verdict(

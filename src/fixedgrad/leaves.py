@@ -116,10 +116,11 @@ def fresh(phi: Phi) -> Phi:
     return with_own
 
 
-def stopped_by_residual(where: str, w: PyTree) -> PyTree:
+def stopped_by_residual(where: str, w: PyTree, counted: str = "") -> PyTree:
     """`w`, whose loop ended by a tolerance on its residual; any derivative of it is refused.
 
     The tolerance says nothing of the derivative of w: none of it is there where the loop ends at once.
+    `counted` names the option of `where` that differentiates such steps and looks whether they suffice.
     """
 
     @jax.custom_jvp
@@ -129,10 +130,11 @@ def stopped_by_residual(where: str, w: PyTree) -> PyTree:
     @result.defjvp
     def refuse(primals: Any, tangents: Any) -> Any:
         del primals, tangents
+        also = f"or {counted} (reverse mode only), " if counted else ""
         raise TypeError(
             f"`{where}` with `max_steps` ends by the residual of w, which says nothing of the "
             "derivative of w: from a start at the solution it would be 0. Give `num_steps`, which "
-            "`itd()` differentiates step by step, or decorate the solver with "
+            f"`itd()` differentiates step by step, {also}or decorate the solver with "
             "`fixed_point(phi, aid(...))`, which does not differentiate it."
         )
 

@@ -88,6 +88,8 @@ class Status(enum.IntEnum):
     - `NON_FINITE`: NaN or infinity in the products, the right-hand side or the iterates.
     - `NOT_FIXED`: Φ(w) is nothing like w at the w that a solver without a tolerance returned: is `phi`
       the function F whose root is sought? Then Φ = w − F.
+    - `TOO_FEW_STEPS`: Steps that a tolerance on w ended, from a start too near to the solution, are too
+      few for the derivative of w.
     """
 
     NOT_RUN = 0
@@ -102,6 +104,7 @@ class Status(enum.IntEnum):
     SINGULAR = 9
     NON_FINITE = 10
     NOT_FIXED = 11
+    TOO_FEW_STEPS = 12
 
 
 def is_failure(status: jax.Array) -> jax.Array:

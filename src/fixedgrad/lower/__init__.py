@@ -10,6 +10,11 @@ from .adapters import from_optimistix as from_optimistix
 from .adapters import with_tolerance as with_tolerance
 from .anderson import anderson as anderson
 from .broyden import broyden as broyden
+from .checkpoints import Checkpoints as Checkpoints
+from .checkpoints import every_iterate as every_iterate
+from .checkpoints import nested as nested
+from .checkpoints import recursive as recursive
+from .checkpoints import rematerialised as rematerialised
 from .host import from_host as from_host
 from .newton import newton as newton
 from .optimisers import from_optax as from_optax
