@@ -156,19 +156,20 @@ class Summary(NamedTuple):
 
 def summarised(name: str, rows: list[dict[str, Any]]) -> list[Summary]:
     """One `Summary` for each goal."""
+
+    def fastest(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+        return min(rows, key=lambda r: r["seconds"], default=None)
+
     summaries = []
     for goal in sorted({r["goal"] for r in rows} - {0.0}, reverse=True):
         at = [r for r in rows if r["goal"] == goal and r["error"] <= goal]
-
-        def fastest(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-            return min(rows, key=lambda r: r["seconds"], default=None)
-
+        ours = [r for r in at if r["library"] == OURS]
         summaries.append(
             Summary(
                 name,
                 goal,
-                fastest([r for r in at if r["library"] == OURS and not r["asked"]]),
-                fastest([r for r in at if r["setting"] == DEFAULTS]),
+                fastest([r for r in ours if not r["asked"]]),
+                fastest([r for r in ours if r["setting"] == DEFAULTS]),
                 fastest([r for r in at if r["library"] != OURS]),
                 [r for r in rows if r["goal"] == 0.0],
             )

@@ -204,7 +204,7 @@ def _jaxopt(instance: Instance) -> list[Contestant]:
                 "tol": rtol_w,
                 "implicit_diff_solve": lambda matvec, b, **_: linear_solver(matvec, b, **known),
             }
-        function = at.loss if at.symmetric and solver in minimisers else at.phi
+        function: Any = at.loss if at.symmetric and solver in minimisers else at.phi
         bound = lambda w, theta: function(w, theta, data)  # noqa: E731
         return getattr(jaxopt, solver)(bound, **options).run(at.w0, theta).params
 
@@ -239,7 +239,7 @@ def _optimistix(instance: Instance) -> list[Contestant]:
     symmetric = instance.symmetric
     tags = frozenset({lx.positive_semidefinite_tag}) if symmetric else frozenset()
 
-    def linear_solver(name: str, rtol: jax.Array) -> Any:
+    def linear_solver(name: str, rtol: Any) -> Any:
         if name == "direct":  # Cholesky where the tag allows it, else LU.
             return lx.AutoLinearSolver(well_posed=True)
         if name == "gmres":

@@ -232,7 +232,7 @@ def tanh_equilibrium(size: int, rho: float, seed: int = 0) -> Instance:
 
 
 def graph_equilibrium(nodes: int, channels: int, rho: float, seed: int = 0) -> Instance:
-    """The solution of W = tanh(Â W M + Z B): a graph network with 5 % of all edges, ‖Â‖ = 1 and ‖M‖ = ρ."""
+    """The solution of W = tanh(Â W M + Z B), with 5 % of all edges, ‖Â‖ = 1 and ‖M‖ = ρ."""
     rng = np.random.default_rng(seed)
     edges = (rng.uniform(size=(nodes, nodes)) < 0.05).astype(float) + np.eye(nodes)
     mix = rng.normal(size=(channels, channels))

@@ -256,8 +256,7 @@ def adaptive_hypergradient(
         solves_with = Plain(make_linear_solver)
         if make_linear_solver is krylov:
             solves_with = assisted(krylov, lambda w: problem.equation.phi(w, problem.x), at)
-        fresh = solves_with.start(at)
-        kept = fresh if kept is None else kept
+        kept = solves_with.start(at) if kept is None else kept
         s = first_round(problem, solves_with, kept, at, partition(v0)[0])
         s = lax.while_loop(unfinished, lambda s: one_round(problem, solves_with, s), s)
 
@@ -272,7 +271,7 @@ def adaptive_hypergradient(
         w, v = problem.join_w(s.w), problem.join_w(s.v)
         recorded = start.record(memory, w, v)
         memory = tree.where(is_failure(status), memory, recorded)
-        kept = tree.where(is_failure(status), fresh, s.kept)
+        kept = solves_with.forgotten(s.kept, is_failure(status))
         value, info = problem.outer(s.w, problem.x), HypergradientInfo(lower, linear)
         memory, kept = owned((memory, kept))
         return grad, HypergradientState(value, w, v, info, memory, jnp.int32(0), c, kept)

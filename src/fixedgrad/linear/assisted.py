@@ -26,17 +26,16 @@ MAX_SIZE = 1024
 """The largest number of real unknowns for which a matrix is made."""
 
 _AT_ONCE = 16.0  # A price so low that the first system pays it.
+_TOO_DEAR = 150.0  # A price that is hardly ever paid, while the place for the matrix always is.
 _REFINEMENTS = 30
 _WORTHWHILE = 0.7  # What a step is to leave at most: a Krylov method does better then.
 _CONTRACTION = 0.3  # Of a refinement: where it takes less off, the matrix is one of another system.
 _BLOCKED = 0.15  # What a product costs in a block of many, of a single one.
 _START = 2e4  # Operations in the time that it takes to start one.
 
-_refined = refinement(
-    max_steps=_REFINEMENTS, reduction=_WORTHWHILE, preconditioner=known_inverse(MAX_SIZE)
-)
-_reusable = Reusable.of(_refined)
-assert _reusable is not None
+_INVERSE = known_inverse(MAX_SIZE)
+_REFINED: Any = refinement(max_steps=_REFINEMENTS, reduction=_WORTHWHILE, preconditioner=_INVERSE)
+_REUSABLE = Reusable(_REFINED, _INVERSE)
 
 MakeLinearSolver = Callable[[Scalar], LinearSolver]
 
@@ -64,6 +63,11 @@ class Plain(NamedTuple):
     def used(self, kept: PyTree, info: SolveInfo, rtol: Scalar) -> PyTree:
         """What is kept, after a solve to this tolerance that ended so."""
         del info, rtol
+        return kept
+
+    def forgotten(self, kept: PyTree, lost: jax.Array) -> PyTree:
+        """What is kept, but nothing where all is `lost`."""
+        del lost
         return kept
 
     def definite(self, kept: PyTree) -> jax.Array:
@@ -109,19 +113,17 @@ class Assisted(NamedTuple):
 
     def prepared(self, kept: Assistance, matvec: MatVec, w: PyTree) -> Assistance:
         """As in `Plain`."""
-        assert _reusable is not None
         ready = kept.inverse.ready
         due = ~ready if self.at_once else ~ready & (kept.spent >= self.price)
 
         def make() -> Assistance:
-            return Assistance(_reusable.state(matvec, w), jnp.int32(0))
+            return Assistance(_REUSABLE.state(matvec, w), jnp.int32(0))
 
         return run_if(due, make, kept)
 
     def solver(self, kept: Assistance, rtol: Scalar) -> LinearSolver:
         """As in `Plain`."""
-        assert _reusable is not None
-        built: Any = _reusable.using(kept.inverse, transposed=False)
+        built: Any = _REUSABLE.using(kept.inverse, transposed=False)
         refined = built.replaced(rtol=rtol)
         if self.at_once:
             return refined
@@ -143,6 +145,12 @@ class Assisted(NamedTuple):
         spent = jnp.where(ready, 0, kept.spent + info.num_steps)
         return Assistance(kept.inverse._replace(ready=good), spent)
 
+    def forgotten(self, kept: Assistance, lost: jax.Array) -> Assistance:
+        """As in `Plain`."""
+        # Not the matrix itself, which to copy may take as long as a solve.
+        ready = kept.inverse.ready & ~lost
+        return Assistance(kept.inverse._replace(ready=ready), jnp.where(lost, 0, kept.spent))
+
     def definite(self, kept: Assistance) -> jax.Array:
         """As in `Plain`; where the solves by the matrix have converged."""
         return kept.inverse.ready & kept.inverse.definite
@@ -151,7 +159,7 @@ class Assisted(NamedTuple):
 def assisted(
     make_linear_solver: Callable[..., LinearSolver], phi: Callable[[PyTree], PyTree], w: PyTree
 ) -> Assisted | Plain:
-    """`Assisted` where a matrix may be made: for few unknowns, on one device.
+    """`Assisted` where a matrix may pay: for few unknowns, on one device.
 
     Args:
         make_linear_solver: `make_linear_solver(rtol, max_steps=1000)`.
@@ -164,7 +172,8 @@ def assisted(
     jaxpr = jax.make_jaxpr(phi)(w).jaxpr
     if any(Space.of(jaxpr, w).axes):
         return Plain(make_linear_solver)
-    return Assisted(make_linear_solver, _BLOCKED * size + size**3 / (_START + operations(jaxpr)))
+    price = _BLOCKED * size + size**3 / (_START + operations(jaxpr))
+    return Assisted(make_linear_solver, price) if price <= _TOO_DEAR else Plain(make_linear_solver)
 
 
 def operations(jaxpr: Any) -> float:

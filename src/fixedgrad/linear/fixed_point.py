@@ -120,11 +120,11 @@ def _refinement(system: System, r: PyTree, steps: jax.Array | int, tol: jax.Arra
     if not isinstance(steps, int):
         return Correction(d, 1, Status.FIXED_STEPS)
 
-    def step(carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+    def once(carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         left = tree.sub(r, system.product(carry[0]))
         return tree.add(carry[0], precondition(left)), left
 
-    step, start = steady(step, (d, r))
+    step, start = steady(once, (d, r))
     d, left = lax.fori_loop(1, steps, lambda _, carry: step(carry), start)
     status = system.steps_status(system.space.norm(left), system.space.norm(r), d)
     return Correction(d, steps, status if steps > 1 else Status.FIXED_STEPS)

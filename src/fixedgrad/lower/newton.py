@@ -203,7 +203,7 @@ class _Trial(NamedTuple):
         measured: The residual of the last point that was looked at.
         found: Whether that was accepted.
         settled: Whether there is none, as the residual may be rounding.
-        count: Points looked at.
+        looks: Points looked at.
     """
 
     u: PyTree
@@ -213,7 +213,7 @@ class _Trial(NamedTuple):
     measured: Measured
     found: jax.Array
     settled: jax.Array
-    count: jax.Array
+    looks: jax.Array
 
 
 def newton_krylov(
@@ -299,7 +299,7 @@ def newton_krylov(
                 there,
                 found,
                 settled,
-                t.count + 1,
+                t.looks + 1,
             )
 
         none, false, one = jnp.int32(0), jnp.asarray(False), jnp.ones((), dtype)
@@ -316,7 +316,7 @@ def newton_krylov(
             jnp.where(useless, s.amplification, larger),
             jnp.where(useless, s.left, left),
             s.num_steps + 1,
-            s.spent._replace(phi=s.spent.phi + 1 + t.count, j=s.spent.j + effort),
+            s.spent._replace(phi=s.spent.phi + 1 + t.looks, j=s.spent.j + effort),
             solves.used(kept, info, forcing),
         )
 
@@ -356,7 +356,7 @@ def solve_for_w(
 
     def step(c: _Plain) -> _Plain:
         image = phi(c.image, x)
-        return _Plain(c.image, image, judge(c.image, image), c.measured.norm, c.count + 1)
+        return _Plain(c.image, image, judge(c.image, image), c.measured.norm, c.evaluations + 1)
 
     image = phi(w, x)
     start = judge(w, image)
@@ -372,7 +372,7 @@ def solve_for_w(
         solves,
         kept,
         lambda s: jnp.asarray(sum(s.spent)) < max_products,
-        spent=spent._replace(phi=spent.phi + c.count),
+        spent=spent._replace(phi=spent.phi + c.evaluations),
         image=c.image,
     )
 
@@ -384,7 +384,7 @@ class _Plain(NamedTuple):
     image: PyTree
     measured: Measured
     before: jax.Array
-    count: jax.Array
+    evaluations: jax.Array
 
 
 def products_of(info: SolveInfo) -> jax.Array:
