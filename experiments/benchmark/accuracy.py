@@ -265,7 +265,7 @@ def _measured(instance: Instance, exact: PyTree, goals: list[float], rounds: int
     candidates: dict[float, list[tuple[float, Entry]]] = {goal: [] for goal in goals}
     defaults, failed = [], {}
     for contestant in contestants(instance):
-        call = jax.jit(contestant.make(instance))
+        call = jax.jit(contestant.make(instance).once)
         tried = Tried(contestant, call, instance, exact)
         try:
             found = tuned(tried, goals, best)

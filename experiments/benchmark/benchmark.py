@@ -3,6 +3,7 @@
     kernel         a linear solve costs its products and nothing else
     hypergradient  a whole hypergradient with exact t and k, and the backward pass alone
     accuracy       the time to a hypergradient error of 1e-3 and 1e-6, cold
+    outer          a whole optimisation, to within 0.1 % of that by exact hypergradients
 
 Times are medians over rounds in which all contestants take turns: compare them within one run only.
 Compilation is apart, correctness is checked first. Peers that are not installed are left out:
@@ -13,7 +14,7 @@ import argparse
 import importlib
 from types import ModuleType
 
-PARTS = ("kernel", "hypergradient", "accuracy")
+PARTS = ("kernel", "hypergradient", "accuracy", "outer")
 FLOAT64 = True
 
 

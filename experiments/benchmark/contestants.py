@@ -1,7 +1,6 @@
 """How each library computes a hypergradient: its defaults, and every sensible setting of it.
 
-A contestant's function takes tolerances for w and for v as arrays, so that a grid of them needs one
-compilation.
+A contestant takes tolerances for w and for v as arrays, so that a grid of them needs one compilation.
 """
 
 import importlib.util
@@ -18,7 +17,24 @@ import fixedgrad as fg
 from .instances import Instance
 
 PyTree = Any
-Gradient = Callable[[PyTree, PyTree, jax.Array, jax.Array], PyTree]
+
+
+class Updates(NamedTuple):
+    """Hypergradients one after the other, each from where the last one ended.
+
+    Attributes:
+        init: `init(lam, data, rtol_w, rtol_v) -> state`.
+        update: `update(state, lam, data, rtol_w, rtol_v) -> (gradient, state)`.
+    """
+
+    init: Callable[..., PyTree]
+    update: Callable[..., tuple[PyTree, PyTree]]
+
+    def once(self, lam: PyTree, data: PyTree, rtol_w: jax.Array, rtol_v: jax.Array) -> PyTree:
+        """One hypergradient from a cold start."""
+        state = self.init(lam, data, rtol_w, rtol_v)
+        return self.update(state, lam, data, rtol_w, rtol_v)[0]
+
 
 OURS = "fixedgrad"
 DEFAULTS = "adaptive, defaults"
@@ -31,14 +47,14 @@ class Contestant(NamedTuple):
     Attributes:
         library: Its name.
         setting: What was chosen.
-        make: `make(instance) -> gradient(lam, data, rtol_w, rtol_v)`.
+        make: `make(instance) -> Updates`.
         tolerances: How many of the two tolerances it takes: 0 for defaults, 1 for `adaptive`, whose
             tolerance is on the hypergradient itself.
     """
 
     library: str
     setting: str
-    make: Callable[[Instance], Gradient]
+    make: Callable[[Instance], Updates]
     tolerances: int = 2
 
     @property
@@ -48,19 +64,21 @@ class Contestant(NamedTuple):
 
 def differentiated(
     solve: Callable[[Instance, PyTree, PyTree, jax.Array, jax.Array], PyTree],
-) -> Callable[[Instance], Gradient]:
-    """The gradient of E(solve(θ), θ) by JAX, from `solve(instance, theta, data, rtol_w, rtol_v)`."""
+) -> Callable[[Instance], Updates]:
+    """The gradient of E(w, θ), w = `solve(instance, theta, data, rtol_w, rtol_v)` from the last w."""
 
-    def make(instance: Instance) -> Gradient:
-        def gradient(lam: PyTree, data: PyTree, rtol_w: jax.Array, rtol_v: jax.Array) -> PyTree:
-            def objective(lam: PyTree) -> jax.Array:
+    def make(instance: Instance) -> Updates:
+        def update(
+            w0: PyTree, lam: PyTree, data: PyTree, rtol_w: jax.Array, rtol_v: jax.Array
+        ) -> tuple[PyTree, PyTree]:
+            def objective(lam: PyTree) -> tuple[jax.Array, PyTree]:
                 theta = instance.prepare(lam, data)
-                w = solve(instance, theta, data, rtol_w, rtol_v)
-                return instance.outer(w, theta, data)
+                w = solve(instance._replace(w0=w0), theta, data, rtol_w, rtol_v)
+                return instance.outer(w, theta, data), w
 
-            return jax.grad(objective)(lam)
+            return jax.grad(objective, has_aux=True)(lam)
 
-        return gradient
+        return Updates(lambda *_: instance.w0, update)
 
     return make
 
@@ -129,9 +147,10 @@ def _ours(instance: Instance) -> list[Contestant]:
         Contestant(OURS, f"{lower} + {linear}", differentiated(partial(solve, lower, linear)))
         for lower, linear in pairs
     ]
-    found.append(Contestant(OURS, DEFAULTS, partial(_adaptive, None), 1))
+    found.append(Contestant(OURS, DEFAULTS, _adaptive({}), 1))
     if instance.symmetric:
-        found.append(Contestant(OURS, "adaptive, cg", partial(_adaptive, krylov["cg"]), 1))
+        options = {"make_linear_solver": krylov["cg"]}
+        found.append(Contestant(OURS, "adaptive, cg", _adaptive(options), 1))
     return found
 
 
@@ -161,20 +180,84 @@ def _lower(
     return fg.newton(phi, max_steps=60, rtol=rtol, linear_solver=linear(1e-12))
 
 
-def _adaptive(make_linear_solver: Any, instance: Instance) -> Gradient:
-    options = {} if make_linear_solver is None else {"make_linear_solver": make_linear_solver}
+def explicit(
+    make: Callable[[Instance, fg.Outer, fg.Phi, jax.Array, jax.Array], fg.Hypergradient],
+) -> Callable[[Instance], Updates]:
+    """The explicit form, whose state is what it keeps."""
 
-    def gradient(lam: PyTree, data: PyTree, rtol: jax.Array, _: jax.Array) -> PyTree:
-        theta, pull = jax.vjp(lambda lam: instance.prepare(lam, data), lam)
-        hypergrad = fg.adaptive_hypergradient(
-            lambda w, theta: instance.outer(w, theta, data),
-            lambda w, theta: instance.phi(w, theta, data),
-            rtol=rtol,
-            **options,
-        )
-        return pull(hypergrad.update(hypergrad.init(instance.w0, theta), theta)[0])[0]
+    def of(instance: Instance) -> Updates:
+        def hypergradient(data: PyTree, rtol_w: jax.Array, rtol_v: jax.Array) -> fg.Hypergradient:
+            return make(
+                instance,
+                lambda w, theta: instance.outer(w, theta, data),
+                lambda w, theta: instance.phi(w, theta, data),
+                rtol_w,
+                rtol_v,
+            )
 
-    return gradient
+        def init(lam: PyTree, data: PyTree, rtol_w: jax.Array, rtol_v: jax.Array) -> PyTree:
+            theta = instance.prepare(lam, data)
+            return hypergradient(data, rtol_w, rtol_v).init(instance.w0, theta)
+
+        def update(
+            state: PyTree, lam: PyTree, data: PyTree, rtol_w: jax.Array, rtol_v: jax.Array
+        ) -> tuple[PyTree, PyTree]:
+            theta, pull = jax.vjp(lambda lam: instance.prepare(lam, data), lam)
+            gradient, state = hypergradient(data, rtol_w, rtol_v).update(state, theta)
+            return pull(gradient)[0], state
+
+        return Updates(init, update)
+
+    return of
+
+
+def _adaptive(options: dict[str, Any]) -> Callable[[Instance], Updates]:
+    def make(
+        at: Instance, outer: fg.Outer, phi: fg.Phi, rtol: jax.Array, _: jax.Array
+    ) -> fg.Hypergradient:
+        del at
+        return fg.adaptive_hypergradient(outer, phi, rtol=rtol, **options)
+
+    return explicit(make)
+
+
+def outer_contestants(instance: Instance) -> list[Contestant]:
+    """All that take part in `outer`: the peers as they are, ours with what it keeps."""
+    symmetric = instance.symmetric
+    krylov = fg.cg if symmetric else fg.bicgstab
+
+    def with_start(start: fg.Start, lower: str, preconditioner: Any) -> Contestant:
+        def make(
+            at: Instance, outer: fg.Outer, phi: fg.Phi, rtol_w: jax.Array, rtol_v: jax.Array
+        ) -> fg.Hypergradient:
+            del at
+
+            def linear(rtol: Any) -> fg.LinearSolver:
+                return krylov(max_steps=_MANY, rtol=rtol, preconditioner=preconditioner)
+
+            solver = {
+                "newton": lambda: fg.newton(
+                    phi, max_steps=60, rtol=rtol_w, linear_solver=linear(1e-12)
+                ),
+                "anderson": lambda: fg.anderson(phi, max_steps=_MANY, rtol=rtol_w),
+                "picard": lambda: fg.picard(phi, max_steps=_MANY, rtol=rtol_w),
+            }[lower]()
+            return fg.hypergradient(outer, phi, solver, fg.aid(linear(rtol_v)), start=start)
+
+        kept = "" if preconditioner is None else ", inverse kept"
+        return Contestant(OURS, f"{lower} + {krylov.__name__}{kept}, {start!r}", explicit(make))
+
+    inverse = fg.inverse(max_size=4096, every=10**6)
+    lower = "anderson" if symmetric else "picard"
+    ours = [
+        with_start(fg.warm(), lower, None),
+        with_start(fg.extrapolated(), lower, None),
+        with_start(fg.extrapolated(), "newton", inverse),
+        Contestant(OURS, DEFAULTS, _adaptive({}), 1),
+        Contestant(OURS, "adaptive, extrapolated", _adaptive({"start": fg.extrapolated()}), 1),
+    ]
+    peers = [c for c in contestants(instance) if c.library != OURS and c.tolerances]
+    return ours + peers
 
 
 # --- jaxopt
@@ -184,7 +267,7 @@ def _jaxopt(instance: Instance) -> list[Contestant]:
     with warnings.catch_warnings():  # It warns that it is no longer maintained.
         warnings.simplefilter("ignore", DeprecationWarning)
         import jaxopt  # pyright: ignore[reportMissingImports]
-    linear_solve = jaxopt.linear_solve
+        from jaxopt import linear_solve  # pyright: ignore[reportMissingImports]
 
     def solve(
         solver: str,

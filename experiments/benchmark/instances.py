@@ -264,37 +264,57 @@ def _equilibrium(
     return Instance(name, w0, lam, data, _plain, None, phi, outer)
 
 
+class Exact(NamedTuple):
+    """f(λ) and ∇f(λ)."""
+
+    value: jax.Array
+    gradient: PyTree
+
+
 def exact_hypergradient(instance: Instance) -> PyTree:
-    """∇f(λ): damped Newton steps and one transposed solve, by LU factors of I − J."""
+    """∇f(λ) by dense algebra."""
+    return exact(instance, instance.lam).gradient
+
+
+def exact(instance: Instance, lam: PyTree) -> Exact:
+    """The values of f and ∇f at λ, by damped Newton steps and LU factors of I − J.
+
+    Raises:
+        RuntimeError: Newton's method left a residual.
+    """
     flat, unravel = ravel_pytree(instance.w0)
 
     @jax.jit
-    def solved(lam: PyTree, data: PyTree) -> tuple[PyTree, jax.Array]:
+    def solved(lam: PyTree, data: PyTree) -> tuple[Exact, jax.Array]:
         theta = instance.prepare(lam, data)
 
         def residual(u: jax.Array, theta: PyTree) -> jax.Array:
             return u - ravel_pytree(instance.phi(unravel(u), theta, data))[0]
 
-        def newton(_: Any, u: jax.Array) -> jax.Array:
+        def newton(carry: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+            i, u, _ = carry
             e = jnp.linalg.solve(jax.jacfwd(residual)(u, theta), residual(u, theta))
             steps = 0.5 ** jnp.arange(8.0)
             sizes = lax.map(lambda a: jnp.linalg.norm(residual(u - a * e, theta)), steps)
-            return u - steps[jnp.argmin(jnp.where(jnp.isfinite(sizes), sizes, jnp.inf))] * e
+            best = jnp.argmin(jnp.where(jnp.isfinite(sizes), sizes, jnp.inf))
+            return i + 1, u - steps[best] * e, sizes[best] / jnp.linalg.norm(u)
 
-        u = lax.fori_loop(0, 15 if instance.size > 1000 else 40, newton, flat)
-        b, direct = jax.grad(
+        start = jnp.int32(0), flat, jnp.asarray(jnp.inf)
+        unfinished = lambda carry: (carry[2] > 1e-14) & (carry[0] < 40)  # noqa: E731
+        _, u, left = lax.while_loop(unfinished, newton, start)
+        value, (b, direct) = jax.value_and_grad(
             lambda u, theta: instance.outer(unravel(u), theta, data), argnums=(0, 1)
         )(u, theta)
         v = jnp.linalg.solve(jax.jacfwd(residual)(u, theta).T, b)
         cotangent = jax.vjp(lambda theta: residual(u, theta), theta)[1](-v)[0]
         theta_bar = jax.tree.map(jnp.add, direct, cotangent)
         lam_bar = jax.vjp(lambda lam: instance.prepare(lam, data), lam)[1](theta_bar)[0]
-        return lam_bar, jnp.linalg.norm(residual(u, theta)) / jnp.linalg.norm(u)
+        return Exact(value, lam_bar), left
 
-    gradient, residual = solved(instance.lam, instance.data)
-    if not residual < 1e-10:
-        raise RuntimeError(f"{instance.name}: Newton's method left a residual of {residual:.1e}.")
-    return gradient
+    found, left = solved(lam, instance.data)
+    if not left < 1e-9:
+        raise RuntimeError(f"{instance.name}: Newton's method left a residual of {left:.1e}.")
+    return found
 
 
 def relative_error(gradient: PyTree, exact: PyTree) -> float:
