@@ -348,6 +348,14 @@ LINEAR_SOLVERS = (
         fg.normal_cg(max_steps=40, rtol=1e-8, preconditioner=fg.inverse(block_size=3)),
         accuracy=1e-7,
     ),
+    LinearRow(
+        "fp preconditioned",
+        fg.fp(
+            max_steps=200, rtol=1e-8, preconditioner=lambda u: jax.tree.map(lambda x: 0.9 * x, u)
+        ),
+        accuracy=1e-7,
+    ),
+    LinearRow("fp inverse", fg.fp(num_steps=2, preconditioner=fg.inverse(max_size=16))),
     LinearRow("gmres inverse", fg.gmres(num_steps=3, preconditioner=fg.inverse(max_size=16))),
     LinearRow(
         "bicgstab nystrom",

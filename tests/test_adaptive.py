@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fixedgrad as fg
+from fixedgrad.linear import assisted
 
 SIZE = 15
 
@@ -96,6 +97,46 @@ def test_a_tighter_request_costs_more_and_a_warm_start_less(runner):
     assert sum(loose.certificate.products) < sum(tight.certificate.products)
     assert sum(warm.certificate.products) < sum(cold.certificate.products)
     assert error(g, runner.exact(near)) <= 1e-4
+
+
+def test_the_inverse_is_kept_from_update_to_update(runner):
+    # 15 unknowns: the matrix is cheaper than a solve, and made at once where steps of Φ do not do.
+    _, first = runner.update(1e-6, runner.init(runner.lam), runner.lam)
+    assert first.kept.inverse.ready
+    g, second = runner.update(1e-6, first, runner.lam * 1.01)
+    assert error(g, runner.exact(runner.lam * 1.01)) <= 1e-6
+    np.testing.assert_array_equal(second.kept.inverse.factors.left, first.kept.inverse.factors.left)
+    # A matrix of another problem is found out, and made anew.
+    other = first.kept._replace(inverse=jax.tree.map(jnp.zeros_like, first.kept.inverse))
+    other = other._replace(inverse=other.inverse._replace(ready=jnp.asarray(True)))
+    g, third = runner.update(1e-6, first._replace(kept=other), runner.lam * 0.7)
+    assert error(g, runner.exact(runner.lam * 0.7)) <= 1e-6
+    assert not np.array_equal(third.kept.inverse.factors.left, other.inverse.factors.left)
+
+
+@pytest.mark.parametrize("price", [0.0, 5.0, 30.0, 1e9])
+def test_a_request_is_met_whenever_the_matrix_is_made(price, monkeypatch):
+    monkeypatch.setattr(assisted, "_AT_ONCE", 1.0)
+    monkeypatch.setattr(assisted, "operations", lambda _: 0.0)
+    monkeypatch.setattr(assisted, "_BLOCKED", 0.0)
+    monkeypatch.setattr(assisted, "_START", SIZE**3 / price if price else np.inf)
+    hypergrad = fg.adaptive_hypergradient(outer, logistic, rtol=1e-6)
+    g, state = jax.jit(lambda lam: hypergrad.update(hypergrad.init(jnp.zeros(SIZE), lam), lam))(
+        WEIGHTS
+    )
+    assert error(g, truth(logistic, jnp.zeros(SIZE), WEIGHTS)) <= 1e-6
+    if price == 1e9:
+        assert state.kept == ()
+    else:
+        assert bool(state.kept.inverse.ready)
+
+
+def test_operations_of_a_program_are_counted():
+    x = jnp.ones((30, SIZE))
+    jaxpr = jax.make_jaxpr(lambda w: x.T @ (x @ w))(jnp.ones(SIZE)).jaxpr
+    assert 4 * 30 * SIZE <= assisted.operations(jaxpr) <= 6 * 30 * SIZE  # The transposition too.
+    looped = jax.make_jaxpr(lambda w: jax.lax.scan(lambda u, _: (x.T @ (x @ u), None), w, length=5))
+    assert assisted.operations(looped(jnp.ones(SIZE)).jaxpr) >= 5 * 4 * 30 * SIZE
 
 
 def test_a_request_beyond_the_dtype_is_a_failure_and_ends(runner):

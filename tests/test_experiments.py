@@ -24,13 +24,23 @@ pytest.importorskip("tqdm")
 from sklearn import datasets
 
 from experiments.__main__ import FOLDERS, main
+from experiments.benchmark import accuracy, contestants, instances, outer
 from experiments.problems import data
 from experiments.tools import convergence, report
 
 pytestmark = pytest.mark.slow
 
 # What makes an experiment smaller still than `--quick` does.
-SMALLER = {"figure1": ["--settings", "lr", "br"], "table1": ["--methods", "itd", "cg_k"]}
+SMALLER = {
+    "figure1": ["--settings", "lr", "br"],
+    "table1": ["--methods", "itd", "cg_k"],
+    "benchmark": [
+        "kernel",
+        "hypergradient",
+        "itd",
+        "compile",
+    ],  # Below for the others: with few contestants.
+}
 # The data sets that an experiment loads, but those inside scikit-learn, which are always there.
 NEEDS = {
     "table1": ("parkinsons", "fashion_mnist", "news20"),
@@ -93,10 +103,30 @@ def test_quick_run_keeps_its_claims_and_writes_its_results(name, tmp_path, capsy
     assert set(record) == {"settings", "claims", "results", "volatile"}
     assert all(claim["holds"] or not claim["required"] for claim in record["claims"])
     assert record["volatile"]["environment"]["packages"]["jax"] == jax.__version__
-    assert list(tmp_path.glob("*.png"))
+    assert list(tmp_path.rglob("*.png"))
     printed = capsys.readouterr().out
     assert record["claims"]
     assert all(claim["claim"] in printed for claim in record["claims"])
+
+
+@pytest.mark.parametrize("part", ["accuracy", "outer"])
+def test_contestants_reach_what_the_benchmark_asks_for(part, tmp_path, monkeypatch):
+    few = {"newton(cg) + dense", contestants.DEFAULTS, "Newton + direct"}
+    for name in ("contestants", "outer_contestants"):
+        every = getattr(contestants, name)
+        chosen = lambda instance, every=every: [c for c in every(instance) if c.setting in few]  # noqa: E731
+        for module in (contestants, accuracy, outer):
+            monkeypatch.setattr(module, name, chosen, raising=False)
+    monkeypatch.setattr(
+        accuracy, "accuracy_instances", lambda _: [instances.logistic_regression(60, 10, 1e2)] * 2
+    )
+    run("benchmark", tmp_path, part)
+    rows = json.loads((tmp_path / part / "results.json").read_text())["volatile"]["rows"]
+    for found in rows.values():
+        found = found["rows"] if part == "accuracy" else found
+        assert {row["library"] for row in found} >= {"fixedgrad", "optimistix"}
+        assert any(row["asked"] for row in found)
+    assert list((tmp_path / part).glob("*.png"))
 
 
 @pytest.mark.usefixtures("offline")

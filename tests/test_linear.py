@@ -13,6 +13,7 @@ import scipy.sparse.linalg as scipy_linalg
 
 import fixedgrad as fg
 from fixedgrad import Status
+from fixedgrad.linear import elimination
 from problems import LINEAR, LINEAR_SOLVERS, PROBLEM, assert_close, like, matrix, named
 
 EPS = float(jnp.finfo(jnp.float64).eps)
@@ -703,6 +704,29 @@ def test_a_float32_floor_is_not_a_singular_matrix(make, warm):
     np.testing.assert_allclose(x, b / eigenvalues, rtol=1e-2)
 
 
+# Elimination.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_elimination_solves_what_lapack_solves(dtype):
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(x, dtype) for x in (rng.normal(size=(7, 7)), rng.normal(size=(7, 2))))
+    want, eps = np.linalg.inv(np.asarray(a, float)), float(jnp.finfo(dtype).eps)
+    limit = 100 * eps * np.linalg.cond(np.asarray(a, float))
+    factors, columns = elimination.factorised(a), np.asarray(b, float)
+    assert_close(elimination.solved(elimination.eliminated(a, b)), want @ columns, limit)
+    assert_close(factors.solve(b[:, 0]), want @ columns[:, 0], limit)
+    size = np.linalg.norm(want.T @ columns[:, 0])
+    np.testing.assert_allclose(factors.transposed_size(b[:, 0]), size, rtol=limit)
+
+
+def test_elimination_interchanges_rows():
+    a = jnp.array([[0.0, 1.0], [2.0, 0.0]])
+    np.testing.assert_array_equal(
+        elimination.factorised(a).solve(jnp.array([3.0, 4.0])), [2.0, 3.0]
+    )
+
+
 # Preconditioners and ridge.
 
 
@@ -718,7 +742,24 @@ def test_preconditioned_cg_equals_that_of_scipy_step_by_step(steps):
     assert_close(run(solver, np.eye(4) - a)[0], want, 1e-9)
 
 
-@pytest.mark.parametrize("make", [fg.cg, fg.gmres, fg.bicgstab, fg.normal_cg])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_fp_with_the_identity_is_fp(steps):
+    plain, same = fg.fp(num_steps=steps), fg.fp(num_steps=steps, preconditioner=lambda u: u)
+    (x, info), (y, again) = run(plain, GENERAL), run(same, GENERAL)
+    assert_close(y, x, 1e-13)
+    np.testing.assert_allclose(again.residual, info.residual, rtol=1e-12)
+    assert int(again.num_steps) == steps
+
+
+def test_fp_with_a_preconditioner_that_leads_nowhere_ends():
+    _, info = run(fg.fp(max_steps=500, rtol=1e-9, preconditioner=lambda u: 9.0 * u), GENERAL)
+    assert not info.converged
+    assert int(info.num_steps) < 5
+    _, info = run(fg.fp(num_steps=3, preconditioner=lambda u: 0.0 * u), GENERAL)
+    assert int(info.status) == fg.Status.NO_PROGRESS
+
+
+@pytest.mark.parametrize("make", [fg.cg, fg.gmres, fg.bicgstab, fg.normal_cg, fg.fp])
 def test_an_exact_preconditioner_is_a_solver_of_one_step(make):
     m = SYMMETRIC if make is fg.cg else GENERAL
     for preconditioner in (

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import fixedgrad as fg
@@ -61,3 +62,21 @@ def test_a_complex_leaf_beside_a_real_one_is_solved_on_a_vector():
     exact = fg.fixed_point(phi, fg.truncated_itd(num_steps=200))(fg.picard(phi, num_steps=200))
     want = jax.grad(f(exact))(0.7)
     assert float(jax.grad(f(solve))(0.7)) == pytest.approx(float(want), rel=1e-9)
+
+
+def test_random_signs_are_balanced_and_of_no_pattern():
+    signs = real_form.random_signs({"a": jnp.zeros((100, 50)), "b": jnp.zeros(3, jnp.float32)})
+    a = np.asarray(signs["a"])
+    assert set(np.unique(a)) == {-1.0, 1.0}
+    assert signs["b"].dtype == jnp.float32
+    for product in (a, a[1:] * a[:-1], a[:, 1:] * a[:, :-1], a[2:, 2:] * a[:-2, :-2]):
+        assert abs(product.mean()) < 4 / np.sqrt(product.size)
+    # The position counts, in whatever shape.
+    np.testing.assert_array_equal(real_form.random_signs(jnp.zeros(5000)), a.ravel())
+
+
+def test_norms_of_several_trees_are_taken_together_whatever_their_scale():
+    x = [jnp.array([3e-300, 4e-300])], [jnp.array([3e200, 4e200])], [jnp.zeros(2)]
+    space = real_form.Space(((),), ())
+    np.testing.assert_allclose(space.sizes(*x), [5e-300, 5e200, 0.0], rtol=1e-15)
+    np.testing.assert_allclose(space.size(x[1]), 5e200, rtol=1e-15)

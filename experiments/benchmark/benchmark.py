@@ -4,6 +4,8 @@
     hypergradient  a whole hypergradient with exact t and k, and the backward pass alone
     accuracy       the time to a hypergradient error of 1e-3 and 1e-6, cold
     outer          a whole optimisation, to within 0.1 % of that by exact hypergradients
+    itd            reverse mode through t steps: time and memory of every scheme
+    compile        the first call
 
 Times are medians over rounds in which all contestants take turns: compare them within one run only.
 Compilation is apart, correctness is checked first. Peers that are not installed are left out:
@@ -14,7 +16,9 @@ import argparse
 import importlib
 from types import ModuleType
 
-PARTS = ("kernel", "hypergradient", "accuracy", "outer")
+from ..tools import report
+
+PARTS = ("kernel", "hypergradient", "accuracy", "outer", "itd", "compile")
 FLOAT64 = True
 
 
@@ -32,14 +36,16 @@ def main(options: argparse.Namespace) -> int:
         if part not in PARTS:
             print(f"`benchmark` has no part `{part}`; it has {', '.join(PARTS)}.")
             return 2
-    code = 0
+    claims = report.Claims()
     for part in options.parts or PARTS:
         module = _module(part)
         print(f"\n=== {(module.__doc__ or '').partition(chr(10))[0]}\n")
         out = options.out / part
         out.mkdir(parents=True, exist_ok=True)
-        code = max(code, module.main(argparse.Namespace(**(vars(options) | {"out": out}))))
-    return code
+        claims.results += module.main(argparse.Namespace(**(vars(options) | {"out": out}))).results
+    settings = {"parts": options.parts or PARTS}
+    report.write_results(options, claims=claims, settings=settings, results={}, volatile={})
+    return claims.exit_code
 
 
 def _module(part: str) -> ModuleType:

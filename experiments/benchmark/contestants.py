@@ -3,6 +3,7 @@
 A contestant takes tolerances for w and for v as arrays, so that a grid of them needs one compilation.
 """
 
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -263,11 +264,16 @@ def outer_contestants(instance: Instance) -> list[Contestant]:
 # --- jaxopt
 
 
-def _jaxopt(instance: Instance) -> list[Contestant]:
-    with warnings.catch_warnings():  # It warns that it is no longer maintained.
+def import_jaxopt() -> Any:
+    """The package, without the warning that it is no longer maintained."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        import jaxopt  # pyright: ignore[reportMissingImports]
-        from jaxopt import linear_solve  # pyright: ignore[reportMissingImports]
+        return importlib.import_module("jaxopt")
+
+
+def _jaxopt(instance: Instance) -> list[Contestant]:
+    jaxopt = import_jaxopt()
+    linear_solve = jaxopt.linear_solve
 
     def solve(
         solver: str,

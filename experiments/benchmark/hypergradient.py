@@ -10,7 +10,6 @@ Logistic regression with one ℓ₂ regulariser for each feature. Two tables:
 
 import argparse
 import importlib.util
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from jax import lax
 import fixedgrad as fg
 
 from ..tools import report
+from .contestants import import_jaxopt
 from .glm import AtSolution, at_solution
 from .timing import compiled, interleaved
 
@@ -43,7 +43,7 @@ class Counted:
         return self.problem.phi(w, lam)
 
 
-def main(options: argparse.Namespace) -> int:
+def main(options: argparse.Namespace) -> report.Claims:
     """Measures both tables, and checks the claims."""
     shapes = [(200, 50)] if options.quick else [(500, 50), (2000, 500)]
     rounds = options.rounds or (3 if options.quick else 60 if options.full else 20)
@@ -80,7 +80,7 @@ def main(options: argparse.Namespace) -> int:
         results=of(plain),
         volatile=of(volatile),
     )
-    return claims.exit_code
+    return claims
 
 
 def _measured(
@@ -129,7 +129,7 @@ def _whole() -> dict[str, Callable[[Counted, jax.Array], Solve]]:
         "ITD": _whole_ours(fg.itd()),
     }
     if importlib.util.find_spec("jaxopt"):
-        jaxopt = _import_jaxopt()
+        jaxopt = import_jaxopt()
         cg = partial(jaxopt.linear_solve.solve_cg, tol=0.0, maxiter=K)
         found["jaxopt, CG k = 20"] = _jaxopt_iteration({"implicit_diff_solve": cg, "tol": 0.0})
         found["jaxopt, defaults"] = _jaxopt_iteration({"tol": 0.0})
@@ -186,7 +186,7 @@ def _whole_ours(estimator: fg.Estimator) -> Callable[[Counted, jax.Array], Solve
 
 
 def _jaxopt_iteration(options: dict[str, Any]) -> Callable[[Counted, jax.Array], Solve]:
-    jaxopt = _import_jaxopt()
+    jaxopt = import_jaxopt()
 
     def solve_with(phi: Counted, w0: jax.Array) -> Solve:
         solver = jaxopt.FixedPointIteration(phi, maxiter=T, **options)
@@ -206,7 +206,7 @@ def _passes() -> dict[str, Callable[[Counted, jax.Array], Solve]]:
         "dense": _pass_ours(fg.dense()),
     }
     if importlib.util.find_spec("jaxopt"):
-        linear_solve = _import_jaxopt().linear_solve
+        linear_solve = import_jaxopt().linear_solve
         found["jaxopt, defaults"] = _pass_jaxopt(linear_solve.solve_normal_cg)
         best = partial(linear_solve.solve_cg, tol=1e-5, maxiter=2000)
         found["jaxopt, solve_cg 1e-5"] = _pass_jaxopt(best)
@@ -231,7 +231,7 @@ def _pass_ours(linear_solver: fg.LinearSolver) -> Callable[[Counted, jax.Array],
 
 
 def _pass_jaxopt(linear_solve: Callable[..., Any]) -> Callable[[Counted, jax.Array], Solve]:
-    implicit_diff = _import_jaxopt().implicit_diff
+    implicit_diff = import_jaxopt().implicit_diff
 
     def solve_with(phi: Counted, w: jax.Array) -> Solve:
         @implicit_diff.custom_fixed_point(phi, solve=linear_solve)
@@ -258,13 +258,6 @@ def _optimistix(
         )
 
     return solve_with
-
-
-def _import_jaxopt() -> Any:
-    with warnings.catch_warnings():  # It warns that it is no longer maintained.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        import jaxopt  # pyright: ignore[reportMissingImports]
-    return jaxopt
 
 
 # --- what is claimed and shown

@@ -70,7 +70,8 @@ class HypergradientState(NamedTuple):
         memory: What the `Start` remembers.
         num_updates: How many updates there were, int32.
         certificate: A `Certificate`, for hypergradients made by `certified` and its like.
-        kept: The preconditioner of the linear solver, where it has one that is made from products.
+        kept: The preconditioner of the linear solver, where it has one that is made from products; that
+            of an adaptive form is (I − J)⁻¹ as a matrix, where one pays.
     """
 
     value: jax.Array

@@ -13,7 +13,7 @@ import optax
 from .compiled import Compiled, compiled_for
 from .errors import check_callable, check_same, check_scalar
 from .leaves import fresh, partition, phi_hint, settled_lam, split_lam, started, traced_once
-from .real_form import Space, norm, real_dtype
+from .real_form import Space, norm, norms, real_dtype
 from .types import Jacobian, MatVec, Outer, Phi, PyTree, ResidualMap
 
 tree = optax.tree
@@ -220,6 +220,10 @@ class Problem(NamedTuple):
     def norm(self, tree: PyTree) -> jax.Array:
         """The norm of a pytree like w or like λ, in the one dtype that holds both."""
         return norm(tree).astype(real_dtype((self.w, self.x)))
+
+    def norms(self, *trees: PyTree) -> tuple[jax.Array, ...]:
+        """The norms of pytrees alike, in fewer operations."""
+        return tuple(norms(*trees).astype(real_dtype((self.w, self.x))))
 
     def adjoint(self, w: PyTree) -> Adjoint:
         """The adjoint system at w, from one linearisation of Φ and one gradient of E."""

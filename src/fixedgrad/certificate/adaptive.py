@@ -82,12 +82,19 @@ def adaptive_hypergradient(
 ) -> Hypergradient:
     """A hypergradient with ‖g − ∇f‖ ≤ max(rtol ‖∇f‖, atol), as estimated; it chooses t and k itself.
 
-    Each round brings w to ‖r_w‖ ≤ τ_w by Newton–Krylov steps w ← w − e_w, A e_w ≈ r_w (where one
-    does not bring the residual down, by ten steps of Φ), and v to ‖r_v‖ ≤ τ_v; then it takes the dual
-    weighted estimate of `certify`. Where that is above the tolerance each stage is to have a share of
-    the tolerance, in proportion to what a digit costs it; the two thresholds shrink accordingly, and
-    the next round goes on from the corrected pair (w⁺, v⁺). The result is the corrected gradient g⁺
-    of the last round, while the tolerance is met by the estimate for ĝ before the correction.
+    Each round brings w to ‖r_w‖ ≤ τ_w: by steps of Φ for as long as each takes a third off the
+    residual, then by Newton–Krylov steps w ← w − e_w, A e_w ≈ r_w (where one does not bring the
+    residual down, by ten steps of Φ or more). It brings v to ‖r_v‖ ≤ τ_v, and takes the dual weighted
+    estimate of `certify`. Where that is above the tolerance each stage is to have a share of the
+    tolerance, in proportion to what a digit costs it; the two thresholds shrink accordingly, and the
+    next round goes on from the corrected pair (w⁺, v⁺). The result is the corrected gradient g⁺ of the
+    last round, while the tolerance is met by the estimate for ĝ before the correction.
+
+    With the linear solver by default, and up to 1024 unknowns (not within a `shard_map`, nor of an
+    explicit mesh), (I − J)⁻¹ is made as a matrix once the solves have spent what it costs: at once for
+    some tens of unknowns, never where products are too cheap for it. It serves all solves by refinement
+    from then on, also those of the updates to come (`state.kept`), until they show that it is one of
+    another system.
 
     Near a minimum of f the terms of ∇f cancel. Where the error left is rounding, and is below rtol
     times the size of these terms, the request counts as met, with the status `AT_FLOOR`.
@@ -97,7 +104,8 @@ def adaptive_hypergradient(
     are sound.
 
     Cost: measured in `state.certificate.products`; about a Newton–Krylov solve for w, one solve for v
-    and two estimates. Memory: that of the linear solver (`gmres`: 54 vectors).
+    and two estimates. Memory: that of the linear solver (`gmres`: 54 vectors), and 2 d² numbers where a
+    matrix of d unknowns may be made.
     When not to use it: where second derivatives of Φ mean nothing (kinks near the solution), or to
     differentiate the iterations of a solver that does not converge (`itd`).
 
@@ -109,7 +117,8 @@ def adaptive_hypergradient(
         max_products: Bound on evaluations of Φ plus products, checked before each Newton step and each
             round: the last round may exceed it, by the linear solves that it has begun.
         make_linear_solver: A function of a relative tolerance that returns a `LinearSolver`, such as
-            `lambda rtol: cg(max_steps=1000, rtol=rtol)` where J is symmetric.
+            `lambda rtol: cg(max_steps=1000, rtol=rtol)` where J is symmetric. With one of yours there
+            is no matrix.
         solver: `solver(w, lam, *args, **kwargs) -> w`, run in each update before anything else: the
             Newton–Krylov steps start at its result. By default they start at the last w itself. A
             solver of yours is the one that knows which fixed point is meant, where there are several.
@@ -202,7 +211,8 @@ def adaptive_hypergradient(
         met = certificate.valid & (certificate.error <= tol)
         # Where ∇f = 0 no relative tolerance can be met, as what is left is the rounding of the terms
         # that cancel: ∇₂E, Bᵀv, and what w adds to them. It is to be small relative to these.
-        terms = p.terms + ratio(norm(p.lower) * norm(w), norm(tree.sub(w, p.w)))
+        of_w, of_e_w = problem.norms(w, tree.sub(w, p.w))
+        terms = p.terms + ratio(p.size_lower * of_w, of_e_w)
         only_rounding = certificate.error <= 4 * p.rounding
         at_floor = only_rounding & (certificate.error <= jnp.asarray(rtol, dtype) * terms)
         met_at_floor = certificate.valid & ~met & at_floor

@@ -196,8 +196,8 @@ def assess(
     return Certificate(
         error=error,
         relative_error=relative(error, polished),
-        lower_part=norm(p.lower),
-        linear_part=norm(p.linear),
+        lower_part=p.size_lower,
+        linear_part=p.size_linear,
         remainder=s.rest,
         gradient=problem.join_gradient(gradient),
         polished=problem.join_gradient(polished),

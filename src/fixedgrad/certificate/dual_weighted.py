@@ -20,7 +20,6 @@ from ..problem import Problem
 from ..real_form import (
     LAST_DIGITS,
     VALUE,
-    norm,
     nudged,
     random_signs,
     ratio,
@@ -91,6 +90,9 @@ class Estimate(NamedTuple):
         right: ‖r_v‖ + ‖h_w‖, the right-hand sides of e_v.
         noise_w: The part of `r_w` that may be rounding.
         noise_v: The part of `right` that may be rounding.
+        size: ‖ĝ‖.
+        size_lower: ‖lower‖.
+        size_linear: ‖linear‖.
         terms: ‖ĝ‖ + ‖Bᵀv‖, the size of the terms of ĝ.
         noise: The part of ‖ĝ‖ that may be rounding.
         solves: The `LooseSolves` of this pass.
@@ -109,6 +111,9 @@ class Estimate(NamedTuple):
     right: jax.Array
     noise_w: jax.Array
     noise_v: jax.Array
+    size: jax.Array
+    size_lower: jax.Array
+    size_linear: jax.Array
     terms: jax.Array
     noise: jax.Array
     solves: LooseSolves
@@ -119,9 +124,8 @@ class Estimate(NamedTuple):
     @property
     def rounding(self) -> jax.Array:
         """The part of the error that may be rounding: of the residuals, amplified, and of ĝ."""
-        lower, linear = (norm(x).astype(self.r_w.dtype) for x in (self.lower, self.linear))
-        amplified = ratio(lower * self.noise_w, self.r_w)
-        return amplified + ratio(linear * self.noise_v, self.right) + self.noise
+        amplified = ratio(self.size_lower * self.noise_w, self.r_w)
+        return amplified + ratio(self.size_linear * self.noise_v, self.right) + self.noise
 
 
 class RefinedEstimate(NamedTuple):
@@ -180,46 +184,49 @@ def dual_weighted(
             proportion to their right-hand sides.
         probe: Whether to look for a direction that steps of Φ lead away along.
     """
-    norm, dtype = problem.norm, real_dtype(w)
+    norm, norms, dtype = problem.norm, problem.norms, real_dtype(w)
     # ∇L in one linearisation: its tangent gives A = I − J and h, its transpose is not needed.
     (r_w, r_v, g, b), tangent = jax.linearize(lambda u: problem.gradients(u, v), w)
     of_phi = problem.equation.vjp(w, problem.x)
     eps = VALUE * resolution(w)
-    noise_w, size_a = _noise(problem, w, r_w, lambda u: tangent(u)[0])
+    of_w, of_image, left_w, left_v, of_b, of_v = norms(w, tree.sub(w, r_w), r_w, r_v, b, v)
+    noise_w, size_a = _noise(problem, w, r_w, of_w + of_image, lambda u: tangent(u)[0])
     # A residual below the noise says nothing, zero least of all: noise of that size takes its place.
-    at_floor = norm(r_w) <= 2 * noise_w
+    at_floor = left_w <= 2 * noise_w
     direction = jax.tree.map(lambda x, s: s * x, w, random_signs(w))
-    share = ratio(noise_w, 4 * norm(w))
+    share = ratio(noise_w, 4 * of_w)
     random = jax.tree.map(lambda x: share.astype(x.dtype) * x, direction)
-    r_w = tree.where(norm(r_w) <= noise_w, tree.add(r_w, random), r_w)
+    r_w = tree.where(left_w <= noise_w, tree.add(r_w, random), r_w)
     size_w = norm(r_w)
     rtol = jnp.asarray(rtol, size_w.dtype)
     rtol_w = rtol * jnp.minimum(1.0, ratio(before.residual_w, size_w))
-    e_w, of_w = make_linear_solver(rtol_w.astype(dtype))(
+    e_w, info_w = make_linear_solver(rtol_w.astype(dtype))(
         Jacobian.from_complement(lambda u: tangent(u)[0]), r_w
     )
     _, h_w, h_x, _ = tangent(e_w)
+    both_sides = tree.sub(h_w, r_v)
+    of_h_w, of_both, of_e_w = norms(h_w, both_sides, e_w)
 
     # Of the two right-hand sides the second only serves to tell the parts apart: a rough solve.
-    right = norm(r_v) + norm(h_w)
+    right = left_v + of_h_w
     rtol_v = rtol * jnp.minimum(1.0, ratio(before.residual_v, right))
-    sides = [(tree.sub(h_w, r_v), rtol_v, right)]
+    sides = [(both_sides, jnp.minimum(ratio(rtol_v * right, of_both), 1.0))]
     if split is not False:
         asked = tree.where(split, h_w, tree.zeros_like(h_w))
-        sides.append((asked, jnp.asarray(_ROUGH, right.dtype), norm(h_w)))
+        rough = jnp.minimum(ratio(_ROUGH * of_h_w, jnp.where(split, of_h_w, 0.0)), 1.0)
+        sides.append((asked, rough.astype(right.dtype)))
     rows = jax.tree.map(lambda *x: jnp.stack(x), *sides)
 
-    def solve(row: tuple[PyTree, jax.Array, jax.Array]) -> tuple[PyTree, jax.Array, jax.Array]:
-        b, rtol, whole = row
-        relative = jnp.minimum(ratio(rtol * whole, norm(b)), 1.0)
-        x, info = make_linear_solver(relative.astype(dtype))(of_phi.j, b)
+    def solve(row: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array, jax.Array]:
+        side, relative = row
+        x, info = make_linear_solver(relative.astype(dtype))(of_phi.j, side)
         return x, info.num_steps, failed(info)
 
     solved, steps, lost = lax.map(solve, rows)
     e_v, *from_h = (jax.tree.map(lambda x, i=i: x[i], solved) for i in range(len(sides)))
     both = of_phi.b(e_v)
     # Without that solve the parts are told apart by their right-hand sides.
-    share = ratio(norm(h_w), right)
+    share = ratio(of_h_w, right)
     of_h = jax.tree.map(lambda x: share.astype(x.dtype) * x, both)
     if from_h:
         of_h = tree.where(split, of_phi.b(from_h[0]), of_h)
@@ -228,43 +235,49 @@ def dual_weighted(
     # Φ is linearised once; ∇L, its tangent (J and the second derivative), and Bᵀ for each part.
     products = Products(
         one,
-        of_w.num_steps + one,
+        info_w.num_steps + one,
         jnp.sum(steps, dtype=jnp.int32) + 3 * one + probes + jnp.asarray(split, jnp.int32),
     )
-    noise_v = eps * (norm(b) + 2 * size_a * norm(v))
+    noise_v = eps * (of_b + 2 * size_a * of_v)
     # A right-hand side that is rounding has parts along all singular vectors of A: how much a solve
     # amplifies it says nothing of the residuals.
     solves = LooseSolves(
-        jnp.where(at_floor, 0.0, ratio(norm(e_w), size_w)),
-        jnp.where(right > 2 * noise_v, ratio(norm(e_v), norm(tree.sub(h_w, r_v))), 0.0),
+        jnp.where(at_floor, 0.0, ratio(of_e_w, size_w)),
+        jnp.where(right > 2 * noise_v, ratio(norm(e_v), of_both), 0.0),
         rtol_w * size_w,
         rtol_v * right,
     )
-    terms = norm(g) + norm(of_phi.b(v))
+    lower, linear = tree.add(h_x, of_h), tree.sub(both, of_h)
+    size, size_b, size_lower, size_linear = norms(g, of_phi.b(v), lower, linear)
     return Estimate(
         g,
-        tree.add(h_x, of_h),
-        tree.sub(both, of_h),
+        lower,
+        linear,
         tree.sub(w, e_w),
         tree.sub(v, e_v),
-        norm(r_w),
-        norm(r_v),
+        size_w,
+        left_v,
         right,
         noise_w,
         noise_v,
-        terms,
-        eps * terms,
+        size,
+        size_lower,
+        size_linear,
+        size + size_b,
+        eps * (size + size_b),
         solves,
         products,
-        ~(failed(of_w) | jnp.any(lost)),
+        ~(failed(info_w) | jnp.any(lost)),
         repels,
     )
 
 
 def _noise(
-    problem: Problem, w: PyTree, r_w: PyTree, product: MatVec
+    problem: Problem, w: PyTree, r_w: PyTree, sizes: jax.Array, product: MatVec
 ) -> tuple[jax.Array, jax.Array]:
     """The part of ‖r_w‖ that may be rounding, and ‖A‖ along the rounding of w, at most 1.
+
+    `sizes` is ‖w‖ + ‖Φ(w)‖.
 
     A residual w − Φ(w) has the rounding of w and Φ(w), whatever the map. A residual F that is given has
     the rounding of its terms, which are not known. So its rounding is observed: with δ the last digits
@@ -272,7 +285,7 @@ def _noise(
     """
     norm, eps = problem.norm, resolution(w)
     if not problem.equation.by_residual:
-        return VALUE * eps * (norm(w) + norm(tree.sub(w, r_w))), jnp.ones_like(norm(w))
+        return VALUE * eps * sizes, jnp.ones_like(sizes)
     moved = nudged(w)
     delta = tree.sub(moved, w)
     change = product(delta)
@@ -370,18 +383,19 @@ def estimate_once(problem: Problem, p: Estimate, before: LooseSolves) -> Refined
 
     One evaluation at (w⁺, v⁺) stands in place of a second pass.
     """
-    norm = problem.norm
     r_w, r_v, end, _ = problem.gradients(p.w, p.v)
     correction = tree.add(p.lower, p.linear)
-    r_w = norm(r_w)
+    rest = tree.sub(end, tree.sub(p.gradient, correction))
+    size_w, size_v = problem.norms(r_w, r_v)
+    change, size_rest = problem.norms(correction, rest)
     one = jnp.int32(1)
     return RefinedEstimate(
         p,
         end,
-        norm(correction),
-        norm(tree.sub(end, tree.sub(p.gradient, correction))),
-        ratio(jnp.maximum(r_w - 2 * p.noise_w, 0.0), p.r_w),
-        ratio(jnp.maximum(norm(r_v) - 2 * p.noise_v, 0.0), p.right),
+        change,
+        size_rest,
+        ratio(jnp.maximum(size_w - 2 * p.noise_w, 0.0), p.r_w),
+        ratio(jnp.maximum(size_v - 2 * p.noise_v, 0.0), p.right),
         before.then(p.solves),
         before.exceeded_by(p.solves),
         p.products._replace(phi=p.products.phi + one, jt=p.products.jt + one),

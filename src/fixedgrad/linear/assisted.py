@@ -114,7 +114,7 @@ class Assisted(NamedTuple):
     def prepared(self, kept: Assistance, matvec: MatVec, w: PyTree) -> Assistance:
         """As in `Plain`."""
         ready = kept.inverse.ready
-        due = ~ready if self.at_once else ~ready & (kept.spent >= self.price)
+        due = ~ready if self.at_once else ~ready & (kept.spent >= math.ceil(self.price))
 
         def make() -> Assistance:
             return Assistance(_REUSABLE.state(matvec, w), jnp.int32(0))
@@ -139,9 +139,10 @@ class Assisted(NamedTuple):
 
     def used(self, kept: Assistance, info: SolveInfo, rtol: Scalar) -> Assistance:
         """As in `Plain`."""
-        enough = 2 + jnp.log(jnp.asarray(rtol)) / math.log(_CONTRACTION)
+        rtol = jnp.asarray(rtol)
+        enough = 2 + jnp.log(rtol) / math.log(_CONTRACTION)
         ready = kept.inverse.ready
-        good = ready & ~failed(info) & (info.num_steps <= enough)
+        good = ready & ~failed(info) & (info.num_steps.astype(rtol.dtype) <= enough)
         spent = jnp.where(ready, 0, kept.spent + info.num_steps)
         return Assistance(kept.inverse._replace(ready=good), spent)
 
@@ -159,7 +160,7 @@ class Assisted(NamedTuple):
 def assisted(
     make_linear_solver: Callable[..., LinearSolver], phi: Callable[[PyTree], PyTree], w: PyTree
 ) -> Assisted | Plain:
-    """`Assisted` where a matrix may pay: for few unknowns, on one device.
+    """`Assisted` where a matrix may pay: for few unknowns, in one place.
 
     Args:
         make_linear_solver: `make_linear_solver(rtol, max_steps=1000)`.
@@ -167,7 +168,7 @@ def assisted(
         w: Such leaves.
     """
     size = _real_size(w)
-    if not 0 < size <= MAX_SIZE or within_shard_map() or jax.device_count() > 1:
+    if not 0 < size <= MAX_SIZE or within_shard_map() or any(map(_sharded, jax.tree.leaves(w))):
         return Plain(make_linear_solver)
     jaxpr = jax.make_jaxpr(phi)(w).jaxpr
     if any(Space.of(jaxpr, w).axes):
@@ -206,3 +207,8 @@ def operations(jaxpr: Any) -> float:
 
 def _real_size(w: PyTree) -> int:
     return sum(x.size * (2 if jnp.iscomplexobj(x) else 1) for x in jax.tree.leaves(w))
+
+
+def _sharded(x: Any) -> bool:
+    """Whether the type of an array, of an explicit mesh, says that it is sharded."""
+    return any(part is not None for part in jax.typeof(x).sharding.spec)
