@@ -131,6 +131,34 @@ def test_a_request_is_met_whenever_the_matrix_is_made(price, monkeypatch):
         assert bool(state.kept.inverse.ready)
 
 
+def test_a_saddle_is_found_out_where_no_step_led_along_its_direction():
+    # The curvature along y is 1 − x²: positive at the start, where the matrix is made, negative at
+    # x = λ. No residual has a part along y.
+    def loss(w, lam):
+        return 0.5 * (w[0] - lam) ** 2 + 0.5 * (1 - w[0] ** 2) * w[1] ** 2 + w[1] ** 4
+
+    phi = fg.gradient_descent(loss, step_size=0.1)
+    hypergrad = fg.adaptive_hypergradient(lambda w, lam: w[0] ** 2, phi, rtol=1e-3)
+    g, state = jax.jit(lambda lam: hypergrad.update(hypergrad.init(jnp.zeros(2), lam), lam))(0.5)
+    np.testing.assert_allclose(g, 1.0, rtol=1e-3)
+    assert bool(state.kept.inverse.definite)
+    g, state = jax.jit(hypergrad.update)(state, 2.0)
+    assert np.isnan(g)
+    assert int(state.certificate.status) == fg.CertificateStatus.REPELLED
+
+
+def test_data_of_other_sizes_begin_anew():
+    def phi(w, lam, x):
+        return w - 0.1 * (x.T @ (x @ w - 1.0) / x.shape[0] + lam * w)
+
+    hypergrad = fg.adaptive_hypergradient(lambda w, lam, x: jnp.sum(w**2), phi, rtol=1e-6)
+    lam, few = jnp.ones(SIZE), jnp.asarray(X[:5])
+    state = hypergrad.init(jnp.zeros(SIZE), lam, few)._replace(kept=())
+    g, state = hypergrad.update(state, lam, few)
+    assert np.isfinite(g).all()
+    assert state.kept != ()
+
+
 def test_operations_of_a_program_are_counted():
     x = jnp.ones((30, SIZE))
     jaxpr = jax.make_jaxpr(lambda w: x.T @ (x @ w))(jnp.ones(SIZE)).jaxpr

@@ -197,7 +197,7 @@ def adaptive_hypergradient(
             LooseSolves(lower.amplification, linear.amplification, lower.left, linear.left)
         )
         make = functools.partial(solves_with.solver, kept)
-        probe = ~solves_with.definite(kept)
+        probe = ~solves_with.definite(kept, problem.equation.jvp(w, problem.x).j, w)
         p = dual_weighted(problem, w, v, make, LOOSE, solves, split=False, probe=probe)
         # A matrix by which these solves fail is one of another system.
         ended = solve_info(0, p.r_w, status_where(p.solved, Status.CONVERGED, Status.MAX_STEPS))
@@ -266,7 +266,9 @@ def adaptive_hypergradient(
         solves_with = Plain(make_linear_solver)
         if make_linear_solver is krylov:
             solves_with = assisted(krylov, lambda w: problem.equation.phi(w, problem.x), at)
-        kept = solves_with.start(at) if kept is None else kept
+        fresh = solves_with.start(at)  # Other sizes of data, and it may not be of the same kind.
+        alike = jax.tree.structure(kept) == jax.tree.structure(fresh)
+        kept = kept if alike else fresh
         s = first_round(problem, solves_with, kept, at, partition(v0)[0])
         s = lax.while_loop(unfinished, lambda s: one_round(problem, solves_with, s), s)
 

@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax import lax
 
 from ..leaves import within_shard_map
 from ..mapped_axes import run_if
-from ..real_form import Space, real_dtype
-from ..types import LinearSolver, MatVec, PyTree, Scalar, SolveInfo, failed
+from ..real_form import Space, random_signs, real_dtype, realified
+from ..types import LinearSolver, MatVec, PyTree, Scalar, SolveInfo, failed, jacobian
 from .elimination import Factors
 from .fixed_point import refinement
 from .preconditioner import Known, known_inverse
-from .system import Reusable
+from .system import Reusable, in_real_form
 
 MAX_SIZE = 1024
 """The largest number of real unknowns for which a matrix is made."""
@@ -70,9 +72,9 @@ class Plain(NamedTuple):
         del lost
         return kept
 
-    def definite(self, kept: PyTree) -> jax.Array:
-        """Whether I − J is known to be symmetric and positive definite, if it is symmetric."""
-        del kept
+    def definite(self, kept: PyTree, matvec: MatVec, w: PyTree) -> jax.Array:
+        """Whether I − J, with this M = J, is seen to be positive definite, if it is symmetric."""
+        del kept, matvec, w
         return jnp.asarray(False)
 
 
@@ -80,8 +82,7 @@ class Assistance(NamedTuple):
     """The state of `Assisted`.
 
     Attributes:
-        inverse: P = (I − J)⁻¹ of a system nearby, in the real form. A symmetric A for which refinement
-            by P converges is definite where the system of P is, as ‖I − P^½ A P^½‖ < 1.
+        inverse: P = (I − J)⁻¹ of a system nearby, in the real form.
         spent: Steps since there was none.
     """
 
@@ -152,9 +153,29 @@ class Assisted(NamedTuple):
         ready = kept.inverse.ready & ~lost
         return Assistance(kept.inverse._replace(ready=ready), jnp.where(lost, 0, kept.spent))
 
-    def definite(self, kept: Assistance) -> jax.Array:
-        """As in `Plain`; where the solves by the matrix have converged."""
-        return kept.inverse.ready & kept.inverse.definite
+    def definite(self, kept: Assistance, matvec: MatVec, w: PyTree) -> jax.Array:
+        """As in `Plain`: a few products with a random vector, in the place of Lanczos's many."""
+        # P ≻ 0 is that of another w. With A = I − J symmetric, PA has the signs of A: a direction with
+        # pᵀAp ≤ 0 is one that I − PA does not shrink. So a random vector that it shrinks to less than
+        # what it has, as a rule, along any one direction has met none.
+        to_real, from_real = realified(w)
+        start = to_real(random_signs(w))
+        _, product = in_real_form(jacobian(matvec), to_real, from_real, 0.0)
+        space = Space(((),) * len(start), ())
+        known, size = kept.inverse.ready & kept.inverse.definite, space.norm(start)
+        least = 0.1 * size / math.sqrt(_real_size(w))
+
+        def step(carry: tuple[jax.Array, PyTree, jax.Array]) -> tuple[jax.Array, PyTree, jax.Array]:
+            i, z, _ = carry
+            z = optax.tree.sub(z, _INVERSE.apply(kept.inverse, product(z), space))
+            return i + 1, z, space.norm(z)
+
+        def unfinished(carry: tuple[jax.Array, PyTree, jax.Array]) -> jax.Array:
+            i, _, left = carry
+            return known & (i < _REFINEMENTS) & (left > least) & (left <= size)
+
+        *_, left = lax.while_loop(unfinished, step, (jnp.int32(0), start, size))
+        return known & (left <= least)
 
 
 def assisted(
