@@ -76,7 +76,8 @@ def run(name: str, out: Path, *options: str) -> dict:
         jax.numpy_rank_promotion("allow"),
         contextlib.redirect_stderr(errors),
     ):
-        code = main([name, "--quick", "--out", str(out), *SMALLER.get(name, []), *options])
+        smaller = SMALLER.get(name, []) if name != "benchmark" or not options else []
+        code = main([name, "--quick", "--out", str(out), *smaller, *options])
     if code == 2 and f"`{name}` stops: " in errors.getvalue():
         absent = [dataset for dataset in NEEDS.get(name, ()) if not is_here(dataset)]
         if absent:

@@ -318,11 +318,13 @@ def exact(instance: Instance, lam: PyTree) -> Exact:
 
 
 def relative_error(gradient: PyTree, exact: PyTree) -> float:
-    """‖g − ∇f‖/‖∇f‖ over all leaves."""
-    difference = jax.tree.map(lambda g, e: jnp.asarray(g, e.dtype) - e, gradient, exact)
-    size = jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(difference)))
-    scale = jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(exact)))
-    return float(size / scale)
+    """‖g − ∇f‖/‖∇f‖ over all leaves, in double precision whatever JAX is set to."""
+    pairs = [
+        (np.asarray(g, np.float64), np.asarray(e, np.float64))
+        for g, e in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact), strict=True)
+    ]
+    error = sum(np.sum((g - e) ** 2) for g, e in pairs)
+    return float(np.sqrt(error / sum(np.sum(e**2) for _, e in pairs)))
 
 
 def accuracy_instances(scale: str) -> list[Instance]:

@@ -71,7 +71,9 @@ def _measured(problem: AtSolution, t: int, rounds: int) -> dict[str, dict[str, f
     w0 = jnp.zeros_like(problem.w)
 
     def gradient(solver: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        solve = fg.fixed_point(problem.phi, fg.itd())(solver)
+        solve = fg.fixed_point(problem.phi, fg.itd(), on_failure="ignore")(
+            solver
+        )  # No tolerance met.
         return jax.grad(lambda lam: problem.outer(solve(w0, lam)))
 
     functions: dict[str, Callable[..., Any]] = {

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -100,9 +101,10 @@ def progress(total: int) -> tqdm:
 def environment() -> dict[str, Any]:
     """Versions, platform and devices: what a reader needs to judge the times."""
     packages = ("fixedgrad", "jax", "jaxlib", "optax", "numpy", "scipy", "scikit-learn")
+    peers = [n for n in ("jaxopt", "lineax", "optimistix") if importlib.util.find_spec(n)]
     return {
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "packages": {name: importlib.metadata.version(name) for name in (*packages, *peers)},
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),

@@ -257,7 +257,7 @@ def newton_krylov(
         return space.size_of(u).astype(dtype)
 
     def scaled(share: jax.Array, e: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: share.astype(real_dtype(x)) * x, e)
+        return jax.tree.map(lambda x: share.astype(x.dtype) * x, e)
 
     def unfinished(s: Newton) -> jax.Array:
         return ~s.met & jnp.isfinite(s.measured.norm) & affordable(s)
