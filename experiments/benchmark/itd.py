@@ -22,6 +22,14 @@ from .timing import compiled, interleaved
 
 _FORWARD = "t steps alone"
 _PEER = "optimistix, recursive"
+_MARKERS = (
+    ("o", "#0072b2"),
+    ("^", "#56b4e9"),
+    ("D", "#b58900"),
+    ("o", "#007a55"),
+    ("x", "#007a55"),
+    ("s", "#d55e00"),
+)
 
 
 def main(options: argparse.Namespace) -> report.Claims:
@@ -157,22 +165,15 @@ def _checked(found: dict[str, dict[str, dict[str, float]]]) -> report.Claims:
 
 def _draw(options: argparse.Namespace, found: dict[str, dict[str, dict[str, float]]]) -> None:
     columns = len(found)
-    size = 2.6 * columns + 0.6, 3.4
-    with report.figure(options.out / "itd.png", columns=columns, size=size) as (_, axes):
+    size = 2.6 * columns + 0.6, 3.9
+    with report.figure(options.out / "itd.png", columns=columns, size=size) as (fig, axes):
         for panel, (case, rows) in zip(axes[0], found.items(), strict=True):
-            for name, r in rows.items():
-                color = "#d55e00" if name == _PEER else "#007a55"
-                marker = "s" if name == _PEER else "o"
-                panel.plot(r["bytes"] / 1e3, r["over_forward"], marker, color=color)
-                panel.annotate(
-                    name,
-                    (r["bytes"] / 1e3, r["over_forward"]),
-                    fontsize=7,
-                    xytext=(0, 5),
-                    textcoords="offset points",
-                    ha="center",
-                )
+            for (name, r), (marker, color) in zip(rows.items(), _MARKERS, strict=False):
+                at = r["bytes"] / 1e3, r["over_forward"]
+                panel.plot(*at, marker, color=color, label=name, fillstyle="none", markersize=8)
             panel.set_title(case, fontsize=9)
             panel.set(xscale="log", xlabel="temporary memory (kB)")
-            panel.margins(0.35, 0.2)
+            panel.margins(0.15, 0.15)
         axes[0][0].set_ylabel("time over the t steps")
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from ..benchmark.accuracy import summarised
-from ..benchmark.contestants import OURS
 from ..paper.published import PAPER
 from .report import METHODS
 
@@ -309,47 +307,6 @@ def _advice() -> str:
     return _markdown(header, rows)
 
 
-def _accuracy() -> str:
-    _, volatile = _read("benchmark/accuracy/results")
-    rows = []
-    for name, of_instance in volatile["rows"].items():
-        for s in summarised(name, of_instance):
-            who = [
-                f"{r['setting']} ({_digits(1e3 * r['seconds'])})" if r else "none"
-                for r in (s.ours, s.peer and {**s.peer, "setting": _named(s.peer)})
-            ]
-            share = s.adaptive["error"] / s.goal if s.adaptive else None
-            ratios = f"{s.ratio(s.ours):.2f}", f"{s.ratio(s.adaptive):.2f}"
-            rows.append(
-                [s.name, f"{s.goal:.0e}".replace("e-0", "e-"), *who, *ratios, _digits(share)]
-            )
-    header = ("", "goal", "ours (ms)", "fastest peer, tuned (ms)", "ours / peer", "adaptive / peer")
-    return _markdown((*header, "adaptive: error / goal"), rows)
-
-
-def _named(row: dict[str, Any]) -> str:
-    return f"{row['library']} {row['setting']}"
-
-
-def _outer() -> str:
-    _, volatile = _read("benchmark/outer/results")
-    rows = []
-    for name, found in volatile["rows"].items():
-        ours = min((r for r in found if r["library"] == OURS), key=lambda r: r["seconds"])
-        asked = min((r for r in found if r["asked"]), key=lambda r: r["seconds"])
-        peer = min((r for r in found if r["library"] != OURS), key=lambda r: r["seconds"])
-        rows.append(
-            [
-                name,
-                *(f"{r['setting']} ({_digits(1e3 * r['seconds'])})" for r in (ours, asked)),
-                f"{_named(peer)} ({_digits(1e3 * peer['seconds'])})",
-                *(f"{r['seconds'] / peer['seconds']:.2f}" for r in (ours, asked)),
-            ]
-        )
-    header = ("", "ours (ms)", "adaptive (ms)", "fastest peer, tuned (ms)")
-    return _markdown((*header, "ours / peer", "adaptive / peer"), rows)
-
-
 def _itd() -> str:
     results, volatile = _read("benchmark/itd/results")
     times = volatile["over_forward"]
@@ -392,8 +349,6 @@ TABLES: dict[str, Callable[[], str]] = {
         _certificates,
         _adaptive,
         _advice,
-        _accuracy,
-        _outer,
         _itd,
         _compile,
     )
