@@ -145,7 +145,6 @@ class Summary(NamedTuple):
     ours: dict[str, Any] | None
     adaptive: dict[str, Any] | None
     peer: dict[str, Any] | None
-    peers_defaults: list[dict[str, Any]]
 
     def ratio(self, of: dict[str, Any] | None) -> float:
         """Its seconds over those of the fastest peer; NaN where there is none of either."""
@@ -171,7 +170,6 @@ def summarised(name: str, rows: list[dict[str, Any]]) -> list[Summary]:
                 fastest([r for r in ours if not r["asked"]]),
                 fastest([r for r in ours if r["setting"] == DEFAULTS]),
                 fastest([r for r in at if r["library"] != OURS]),
-                [r for r in rows if r["goal"] == 0.0],
             )
         )
     return summaries

@@ -99,6 +99,23 @@ def libraries() -> list[str]:
     return [OURS, *(name for name in ("jaxopt", "optimistix") if importlib.util.find_spec(name))]
 
 
+def _settings(
+    library: str,
+    solve: Callable[..., PyTree],
+    defaults: list[str],
+    pairs: list[tuple[str, str]],
+) -> list[Contestant]:
+    """A peer's solvers with their defaults, and pairs of a solver and a linear solver to be tuned."""
+    by_default = [
+        Contestant(library, f"{s}, defaults", differentiated(partial(solve, s, None)), 0)
+        for s in defaults
+    ]
+    return by_default + [
+        Contestant(library, f"{s} + {linear}", differentiated(partial(solve, s, linear)))
+        for s, linear in pairs
+    ]
+
+
 # --- fixedgrad
 
 
@@ -306,16 +323,7 @@ def _jaxopt(instance: Instance) -> list[Contestant]:
         defaults = ["FixedPointIteration", "AndersonAcceleration"]
         pairs = [(s, linear) for s in defaults for linear in ("bicgstab", "gmres", "lu")]
         pairs += [("FixedPointIteration", "normal_cg")]
-    return [
-        *(
-            Contestant("jaxopt", f"{s}, defaults", differentiated(partial(solve, s, None)), 0)
-            for s in defaults
-        ),
-        *(
-            Contestant("jaxopt", f"{s} + {linear}", differentiated(partial(solve, s, linear)))
-            for s, linear in pairs
-        ),
-    ]
+    return _settings("jaxopt", solve, defaults, pairs)
 
 
 # --- optimistix
@@ -379,13 +387,4 @@ def _optimistix(instance: Instance) -> list[Contestant]:
         defaults = ["FixedPointIteration", "Newton"]
         pairs = [("Newton", "direct"), ("Newton", "gmres"), ("Chord", "direct")]
         pairs += [("FixedPointIteration", linear) for linear in ("direct", "gmres", "bicgstab")]
-    return [
-        *(
-            Contestant("optimistix", f"{s}, defaults", differentiated(partial(solve, s, None)), 0)
-            for s in defaults
-        ),
-        *(
-            Contestant("optimistix", f"{s} + {linear}", differentiated(partial(solve, s, linear)))
-            for s, linear in pairs
-        ),
-    ]
+    return _settings("optimistix", solve, defaults, pairs)

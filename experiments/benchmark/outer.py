@@ -19,7 +19,7 @@ import fixedgrad as fg
 
 from ..tools import report
 from . import instances
-from .contestants import OURS, Contestant, Updates, libraries, outer_contestants
+from .contestants import OURS, Contestant, Updates, explicit, libraries, outer_contestants
 from .instances import Instance, exact
 from .timing import interleaved, seconds_of
 
@@ -124,8 +124,6 @@ def measure(instance: Instance, steps: int, rate: float, rounds: int) -> list[di
 
 
 def _reference(instance: Instance) -> Updates:
-    from .contestants import explicit
-
     def make(
         at: Instance, outer: fg.Outer, phi: fg.Phi, rtol_w: jax.Array, rtol_v: jax.Array
     ) -> fg.Hypergradient:

@@ -41,7 +41,7 @@ def collective_axes(jaxpr: Any) -> frozenset[str]:
     """The mapped axes over which a collective of `jaxpr` communicates, but for those bound inside."""
     axes = frozenset[str]()
     for equation in jaxpr.eqns:
-        named, inside = frozenset[str](), frozenset[str]()
+        named = frozenset[str]()
         for name, value in equation.params.items():
             parts = value if isinstance(value, tuple | list) else (value,)
             if name in ("axes", "axis_name") and equation.primitive.name not in _LOCAL:
@@ -49,13 +49,21 @@ def collective_axes(jaxpr: Any) -> frozenset[str]:
                 named = frozenset(
                     x for x in parts if x is not None and not isinstance(x, int | np.integer)
                 )
-            for part in parts:
-                if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
-                    inside |= collective_axes(getattr(part, "jaxpr", part))
+        inside = frozenset[str]().union(*map(collective_axes, inner_jaxprs(equation)))
         # What a `shard_map` within binds is its own; the name of that parameter depends on the version.
         bound = [x for k, v in equation.params.items() if k.endswith("manual_axes") for x in v]
         axes |= named | (inside - frozenset(bound))
     return axes
+
+
+def inner_jaxprs(equation: Any) -> list[Any]:
+    """The jaxprs among the parameters of an equation: of loops, branches, calls."""
+    return [
+        getattr(part, "jaxpr", part)
+        for value in equation.params.values()
+        for part in (value if isinstance(value, tuple | list) else (value,))
+        if hasattr(part, "eqns") or hasattr(part, "jaxpr")
+    ]
 
 
 def coupled_axes(jaxpr: Any, leaves: list[Any]) -> tuple[tuple[str, ...], ...]:

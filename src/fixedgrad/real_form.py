@@ -59,6 +59,11 @@ def resolution(tree: PyTree) -> float:
     return max((float(jnp.finfo(x.dtype).eps) for x in _leaves(tree)), default=0.0)
 
 
+def real_size(tree: PyTree) -> int:
+    """The number of entries of the real form."""
+    return sum(jnp.size(x) * (2 if jnp.iscomplexobj(x) else 1) for x in jax.tree.leaves(tree))
+
+
 def joined(tree: PyTree) -> bool:
     """Whether the real form of `tree` is one vector, and not one array for each leaf.
 
@@ -133,7 +138,7 @@ class Space(NamedTuple):
         axes = coupled_axes(jaxpr, leaves)
         if not joined(tree):
             return cls(axes, ())
-        sizes = [jnp.size(x) * (2 if jnp.iscomplexobj(x) else 1) for x in leaves]
+        sizes = [real_size(x) for x in leaves]
         return cls(axes[:1], tuple(np.cumsum(sizes)))
 
     @classmethod

@@ -16,13 +16,16 @@ import optax
 from jax import lax
 
 from ..leaves import within_shard_map
-from ..mapped_axes import run_if
-from ..real_form import Space, random_signs, real_dtype, realified
+from ..mapped_axes import inner_jaxprs, run_if
+from ..real_form import Space, random_signs, real_dtype, real_size, realified
 from ..types import LinearSolver, MatVec, PyTree, Scalar, SolveInfo, failed, jacobian
 from .elimination import Factors
 from .fixed_point import refinement
 from .preconditioner import Known, known_inverse
 from .system import Reusable, in_real_form
+
+WORTHWHILE = 0.7
+"""What a plain step is to leave of a residual at most: else Newton's or Krylov's do better."""
 
 MAX_SIZE = 1024
 """The largest number of real unknowns for which a matrix is made."""
@@ -30,13 +33,12 @@ MAX_SIZE = 1024
 _AT_ONCE = 16.0  # A price so low that the first system pays it.
 _TOO_DEAR = 150.0  # A price that is hardly ever paid, while the place for the matrix always is.
 _REFINEMENTS = 30
-_WORTHWHILE = 0.7  # What a step is to leave at most: a Krylov method does better then.
 _CONTRACTION = 0.3  # Of a refinement: where it takes less off, the matrix is one of another system.
 _BLOCKED = 0.15  # What a product costs in a block of many, of a single one.
 _START = 2e4  # Operations in the time that it takes to start one.
 
 _INVERSE = known_inverse(MAX_SIZE)
-_REFINED: Any = refinement(max_steps=_REFINEMENTS, reduction=_WORTHWHILE, preconditioner=_INVERSE)
+_REFINED: Any = refinement(max_steps=_REFINEMENTS, reduction=WORTHWHILE, preconditioner=_INVERSE)
 _REUSABLE = Reusable(_REFINED, _INVERSE)
 
 MakeLinearSolver = Callable[[Scalar], LinearSolver]
@@ -108,7 +110,7 @@ class Assisted(NamedTuple):
 
     def start(self, w: PyTree) -> Assistance:
         """As in `Plain`."""
-        size = _real_size(w)
+        size = real_size(w)
         empty, false = jnp.zeros((size, size), real_dtype(w)), jnp.asarray(False)
         return Assistance(Known(Factors(empty, empty), false, false), jnp.int32(0))
 
@@ -163,7 +165,7 @@ class Assisted(NamedTuple):
         _, product = in_real_form(jacobian(matvec), to_real, from_real, 0.0)
         space = Space(((),) * len(start), ())
         known, size = kept.inverse.ready & kept.inverse.definite, space.norm(start)
-        least = 0.1 * size / math.sqrt(_real_size(w))
+        least = 0.1 * size / math.sqrt(real_size(w))
 
         def step(carry: tuple[jax.Array, PyTree, jax.Array]) -> tuple[jax.Array, PyTree, jax.Array]:
             i, z, _ = carry
@@ -188,7 +190,7 @@ def assisted(
         phi: Φ, of inexact leaves.
         w: Such leaves.
     """
-    size = _real_size(w)
+    size = real_size(w)
     if not 0 < size <= MAX_SIZE or within_shard_map() or any(map(_sharded, jax.tree.leaves(w))):
         return Plain(make_linear_solver)
     jaxpr = jax.make_jaxpr(phi)(w).jaxpr
@@ -202,12 +204,7 @@ def operations(jaxpr: Any) -> float:
     """About how many operations a program takes; a `while_loop` counts as one pass."""
     count = 0.0
     for equation in jaxpr.eqns:
-        inside = [
-            operations(getattr(part, "jaxpr", part))
-            for value in equation.params.values()
-            for part in (value if isinstance(value, tuple | list) else (value,))
-            if hasattr(part, "eqns") or hasattr(part, "jaxpr")
-        ]
+        inside = [operations(inner) for inner in inner_jaxprs(equation)]
         out = float(sum(math.prod(getattr(x.aval, "shape", ())) for x in equation.outvars))
         if equation.primitive.name == "scan":
             count += equation.params["length"] * sum(inside)
@@ -224,10 +221,6 @@ def operations(jaxpr: Any) -> float:
         else:
             count += out
     return count
-
-
-def _real_size(w: PyTree) -> int:
-    return sum(x.size * (2 if jnp.iscomplexobj(x) else 1) for x in jax.tree.leaves(w))
 
 
 def _sharded(x: Any) -> bool:

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from ..errors import check_count, show
 from ..printing import printed
 from ..real_form import COMPUTATION, norm, random_signs
-from ..types import LinearSolver, MatVec, PyTree, SolveInfo, Status, solve_info, status_where
+from ..types import LinearSolver, MatVec, PyTree, SolveInfo, Status, status_where
 from .elimination import eliminated, solved
 from .preconditioner import Preconditioner, materialised
 from .system import System, linear_solver, tree
@@ -76,8 +76,7 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
         singular |= residual > system.noise * system.norm
         singular &= jnp.isfinite(size)
         status = status_where(singular, Status.SINGULAR, Status.CONVERGED)
-        finite = (jnp.isfinite(size_x) | singular) & jnp.isfinite(system.norm)
-        return x, solve_info(1, residual, status_where(finite, status, Status.NON_FINITE))
+        return x, system.fixed(1, x, status, residual)
 
     return linear_solver("dense", solve, direct=True)
 

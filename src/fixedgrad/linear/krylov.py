@@ -265,7 +265,7 @@ def _gmres_cycle(
         u = tree.scale(jnp.where(ended, 0.0, 1 / jnp.where(ended, 1.0, height)), u)
         h = h.at[j + 1].set(jnp.where(ended, 0.0, height))
 
-        # All rotations so far are one matrix: a loop over them would take longer than the products.
+        # All rotations so far are one matrix, in the place of a loop over them.
         h = jnp.matmul(c.rotations, h, precision="highest")
         radius = jnp.hypot(h[j], h[j + 1])
         safe = jnp.where(radius > 0, radius, 1.0)

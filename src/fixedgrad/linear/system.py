@@ -100,11 +100,18 @@ class System(NamedTuple):
         """The share of ‖b‖ that may be rounding before x means nothing."""
         return max(0.01, min(0.5, COMPUTATION * self.eps))
 
-    def fixed(self, num_steps: Scalar, x: PyTree, status: jax.Array | Status) -> SolveInfo:
+    def fixed(
+        self,
+        num_steps: Scalar,
+        x: PyTree,
+        status: jax.Array | Status,
+        residual: jax.Array | None = None,
+    ) -> SolveInfo:
         """The verdict on a solve without a tolerance; `status` says what else was seen."""
         sane = jnp.isfinite(self.space.norm(x)) | (status == int(Status.SINGULAR))
         status = status_where(sane & jnp.isfinite(self.norm), status, Status.NON_FINITE)
-        return solve_info(num_steps, self.residual_norm(x), status)
+        residual = self.residual_norm(x) if residual is None else residual
+        return solve_info(num_steps, residual, status)
 
     def judge(self, info: SolveInfo) -> SolveInfo:
         """The verdict on a solve with a tolerance, given that of its iteration.

@@ -20,7 +20,7 @@ from ..failure import check_on_failure
 from ..iteration import Measured, stopping, verdict
 from ..leaves import partition, started, stopped_by_residual
 from ..linear import gmres
-from ..linear.assisted import Assisted, Plain
+from ..linear.assisted import WORTHWHILE, Assisted, Plain
 from ..linear.system import Kept, Reusable
 from ..linear.tunable import loosened
 from ..mapped_axes import run_if, steady
@@ -47,7 +47,6 @@ tree = optax.tree
 
 _PLAIN_STEPS = 10  # Steps of Φ, at least, where a Newton step does not bring the residual down.
 _HALVINGS = 4  # Shorter steps that are tried before these.
-_WORTHWHILE = 0.7  # What a step of Φ is to leave of the residual at most: else Newton's do better.
 LOOSE = 0.1  # Tolerance of the solves in an estimate, and of a Newton step far from the goal.
 _SOLVER = gmres(max_steps=1000, restart=50)
 
@@ -351,16 +350,16 @@ def solve_for_w(
         size = norm(tree.sub(w, image))
         return Measured(size, tolerance, floor * norm(w), jnp.asarray(False))
 
-    def contracts(c: _Plain) -> jax.Array:
-        return ~c.measured.met & (c.measured.norm <= _WORTHWHILE * c.before)
+    def contracts(c: _Steps) -> jax.Array:
+        return ~c.measured.met & (c.measured.norm <= WORTHWHILE * c.before)
 
-    def step(c: _Plain) -> _Plain:
+    def step(c: _Steps) -> _Steps:
         image = phi(c.image, x)
-        return _Plain(c.image, image, judge(c.image, image), c.measured.norm, c.evaluations + 1)
+        return _Steps(c.image, image, judge(c.image, image), c.measured.norm, c.evaluations + 1)
 
     image = phi(w, x)
     start = judge(w, image)
-    c = _Plain(w, image, start, jnp.full_like(start.norm, jnp.inf), jnp.int32(1))
+    c = _Steps(w, image, start, jnp.full_like(start.norm, jnp.inf), jnp.int32(1))
     c = lax.while_loop(contracts, *steady(step, c))
     nothing = Products(*(jnp.int32(0) for _ in range(3)))
     spent = nothing if spent is None else spent
@@ -377,7 +376,7 @@ def solve_for_w(
     )
 
 
-class _Plain(NamedTuple):
+class _Steps(NamedTuple):
     """The carry of steps of Φ: w, Φ(w), its residual, the one before, evaluations of Φ."""
 
     w: PyTree
