@@ -18,7 +18,6 @@ FOLDERS = {
     "table1": "paper",
     "memory": "paper",
     "sparse_products": "library",
-    "batching": "library",
     "figure2": "paper",
     "conv_eqm": "paper",
     "certificates": "library",

@@ -39,6 +39,8 @@ SMALLER = {
         "hypergradient",
         "itd",
         "compile",
+        "batch",
+        "scale",
     ],  # Below for the others: with few contestants.
 }
 # The data sets that an experiment loads, but those inside scikit-learn, which are always there.
@@ -110,23 +112,48 @@ def test_quick_run_keeps_its_claims_and_writes_its_results(name, tmp_path, capsy
     assert all(claim["claim"] in printed for claim in record["claims"])
 
 
-@pytest.mark.parametrize("part", ["accuracy", "outer"])
-def test_contestants_reach_what_the_benchmark_asks_for(part, tmp_path, monkeypatch):
-    few = {"newton(cg) + dense", contestants.DEFAULTS, "Newton + direct"}
+@pytest.fixture
+def few(monkeypatch):
+    """Few contestants, and one small instance."""
+    settings = {
+        "newton(cg) + dense",
+        "newton(cg) + cg",
+        "anderson + cg, extrapolated()",
+        contestants.DEFAULTS,
+        "Newton + direct",
+    }
     for name in ("contestants", "outer_contestants"):
         every = getattr(contestants, name)
-        chosen = lambda instance, every=every: [c for c in every(instance) if c.setting in few]  # noqa: E731
+        chosen = lambda instance, every=every: [  # noqa: E731
+            c for c in every(instance) if c.setting in settings
+        ]
         for module in (contestants, accuracy, outer):
             monkeypatch.setattr(module, name, chosen, raising=False)
     monkeypatch.setattr(
         accuracy, "accuracy_instances", lambda _: [instances.logistic_regression(60, 10, 1e2)] * 2
     )
+
+
+@pytest.mark.parametrize("part", ["accuracy", "outer"])
+@pytest.mark.usefixtures("few")
+def test_contestants_reach_what_the_benchmark_asks_for(part, tmp_path):
     run("benchmark", tmp_path, part)
     rows = json.loads((tmp_path / part / "results.json").read_text())["volatile"]["rows"]
     for found in rows.values():
         assert {row["library"] for row in found} >= {"fixedgrad", "optimistix"}
         assert any(row["asked"] for row in found)
     assert list((tmp_path / part).glob("*.png"))
+
+
+@pytest.mark.usefixtures("few")
+def test_the_script_for_an_accelerator_runs_on_a_cpu_and_keeps_to_its_time(tmp_path):
+    run("benchmark", tmp_path, "gpu")
+    found = json.loads((tmp_path / "gpu" / "results.json").read_text())["volatile"]
+    kinds = {name.partition(",")[0] for name in found["measured"]}
+    assert kinds == {"roofline", "hypergradient", "accuracy", "outer", "batch"}
+    assert found["ratios"] and not found["left_out"]
+    code = main(["benchmark", "gpu", "--quick", "--limit", "0", "--out", str(tmp_path)])
+    assert code == 1  # All of it comes too late, and it says so.
 
 
 @pytest.mark.usefixtures("offline")

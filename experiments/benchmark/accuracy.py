@@ -6,7 +6,7 @@ not: it is asked for the goal. The fastest settings of each library then take tu
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ PyTree = Any
 
 _LOWER = [10.0 ** (-0.5 * i) for i in range(2, 25)]
 _LINEAR = [10.0**-i for i in range(1, 10)]
-_HOPELESS = 8.0  # Times the best so far: a setting that is slower than that is given up.
+_HOPELESS = 4.0  # Times the best so far: a setting that is slower than that is given up.
 
 
 class Entry(NamedTuple):
@@ -98,8 +98,9 @@ def main(options: argparse.Namespace) -> report.Claims:
     scale = "quick" if options.quick else "full" if options.full else "default"
     rounds = options.rounds or (3 if options.quick else 15)
     instances = accuracy_instances(scale)
-    in_float32 = instances if options.full else instances[1:2] if options.quick else instances[1::3]
-    runs = [(i, False) for i in instances] + [(i, True) for i in in_float32]
+    in_float32 = instances if options.full else instances[1:] if options.quick else instances[1::3]
+    in_float64 = instances[:1] if options.quick else instances
+    runs = [(i, False) for i in in_float64] + [(i, True) for i in in_float32]
     bar = report.progress(len(runs))
     found: dict[str, Any] = {}
     for instance, single in runs:
@@ -123,18 +124,28 @@ def main(options: argparse.Namespace) -> report.Claims:
 
 
 def measure(
-    instance: Instance, goals: list[float], rounds: int, *, single: bool = False
+    instance: Instance,
+    goals: list[float],
+    rounds: int,
+    *,
+    single: bool = False,
+    among: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Every contestant on one instance, in float32 where `single`; the truth is of float64.
+
+    With `among` only the settings of these names.
 
     Returns:
         `rows`: for each goal the settings that reached it, the fast ones of each library, with error
         and seconds; for the goal 0 the defaults of each peer, whatever their error. `refused`: the
         peers' settings that raised.
     """
-    exact = jax.tree.map(np.asarray, exact_hypergradient(instance))
+    with jax.enable_x64(True):
+        exact = jax.tree.map(np.asarray, exact_hypergradient(instance))
     with jax.enable_x64(not single):
-        return _measured(instance.single() if single else instance, exact, goals, rounds)
+        at = instance.single() if single else instance
+        chosen = [c for c in contestants(at) if among is None or c.setting in among]
+        return _measured(at, chosen, exact, goals, rounds)
 
 
 class Summary(NamedTuple):
@@ -258,11 +269,13 @@ def _draw(options: argparse.Namespace, summaries: list[Summary]) -> None:
         panel.legend(loc="best")
 
 
-def _measured(instance: Instance, exact: PyTree, goals: list[float], rounds: int) -> dict[str, Any]:
+def _measured(
+    instance: Instance, chosen: list[Contestant], exact: PyTree, goals: list[float], rounds: int
+) -> dict[str, Any]:
     best = dict.fromkeys(goals, np.inf)
     candidates: dict[float, list[tuple[float, Entry]]] = {goal: [] for goal in goals}
     defaults, failed = [], {}
-    for contestant in contestants(instance):
+    for contestant in chosen:
         call = jax.jit(contestant.make(instance).once)
         tried = Tried(contestant, call, instance, exact)
         try:

@@ -7,6 +7,7 @@ a matrix. The loosest tolerances with which the last f(λ) is good enough are fo
 """
 
 import argparse
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -79,8 +80,13 @@ def descent(updates: Updates, steps: int, rate: float) -> Any:
     return run
 
 
-def measure(instance: Instance, steps: int, rate: float, rounds: int) -> list[dict[str, Any]]:
-    """For each contestant that ends well enough, its tolerances, its last f(λ), its seconds."""
+def measure(
+    instance: Instance, steps: int, rate: float, rounds: int, among: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """For each contestant that ends well enough, its tolerances, its last f(λ), its seconds.
+
+    With `among` only for the settings of these names.
+    """
     reference = Contestant(OURS, "reference", _reference)
     run = jax.jit(descent(reference.make(instance), steps, rate))
     tight = jnp.asarray(1e-10)
@@ -88,6 +94,8 @@ def measure(instance: Instance, steps: int, rate: float, rounds: int) -> list[di
     start = float(exact(instance, instance.lam).value)
     runs, rows = {}, {}
     for contestant in outer_contestants(instance):
+        if among is not None and contestant.setting not in among:
+            continue
         run = jax.jit(descent(contestant.make(instance), steps, rate))
         asked = contestant.tolerances == 1
         for rtol in [_ASKED] if asked else _TOLERANCES:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..benchmark.accuracy import summarised
+from ..benchmark.contestants import OURS
 from ..paper.published import PAPER
 from .report import METHODS
 
@@ -225,17 +227,19 @@ def _conv_eqm() -> str:
     return _markdown(("", "objective", "test accuracy %", "s / step"), rows)
 
 
-def _batching() -> str:
-    results, volatile = _read("batching/results")
-    seconds = volatile["seconds"]
+def _batch() -> str:
+    results, volatile = _read("benchmark/batch/results")
     chunks = (1, 2, 4, 8, 16, 32)
     rows = []
-    for order, text in (("mixed", "any order"), ("by difficulty", "sorted by difficulty")):
-        names = [f"64, {order}, {c}" for c in chunks]
-        run = [results[n]["lane_steps"] / results[n]["steps_needed"] for n in names]
-        rows.append([f"steps run, of those needed; {text}", *(f"{x:.2f}" for x in run)])
-        rows.append([f"time, {text} (ms)", *(f"{1e3 * seconds[n]:.0f}" for n in names)])
-    return _markdown(("64 unknowns, chunks of", *map(str, chunks)), rows)
+    for size, of in results.items():
+        for order, text in (("mixed", "any order"), ("by difficulty", "sorted by difficulty")):
+            names = [f"{order}, {c}" for c in chunks]
+            steps = (f"{of['steps'][n]:.2f}" for n in names)
+            rows.append([f"{size}, steps run, of those needed; {text}", *steps])
+            for library in ("fixedgrad", "jaxopt", "optimistix"):
+                times = (volatile[size]["seconds"][f"{library}, {n}"] for n in names)
+                rows.append([f"time (ms), {library}, {text}", *(f"{1e3 * s:.0f}" for s in times)])
+    return _markdown(("lanes in a chunk", *map(str, chunks)), rows)
 
 
 def _certificates() -> str:
@@ -307,6 +311,86 @@ def _advice() -> str:
     return _markdown(header, rows)
 
 
+def _accuracy() -> str:
+    _, volatile = _read("benchmark/accuracy/results")
+    rows = []
+    for name, of_instance in volatile["rows"].items():
+        for s in summarised(name, of_instance):
+            who = [
+                f"{r['setting']} ({_digits(1e3 * r['seconds'])})" if r else "none"
+                for r in (s.ours, s.peer and {**s.peer, "setting": _named(s.peer)})
+            ]
+            share = s.adaptive["error"] / s.goal if s.adaptive else None
+            ratios = f"{s.ratio(s.ours):.2f}", f"{s.ratio(s.adaptive):.2f}"
+            rows.append(
+                [s.name, f"{s.goal:.0e}".replace("e-0", "e-"), *who, *ratios, _digits(share)]
+            )
+    header = ("", "goal", "ours (ms)", "fastest peer, tuned (ms)", "ours / peer", "adaptive / peer")
+    return _markdown((*header, "adaptive: error / goal"), rows)
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f"{row['library']} {row['setting']}"
+
+
+def _outer() -> str:
+    _, volatile = _read("benchmark/outer/results")
+    rows = []
+    for name, found in volatile["rows"].items():
+        ours = min((r for r in found if r["library"] == OURS), key=lambda r: r["seconds"])
+        asked = min((r for r in found if r["asked"]), key=lambda r: r["seconds"])
+        peer = min((r for r in found if r["library"] != OURS), key=lambda r: r["seconds"])
+        rows.append(
+            [
+                name,
+                *(f"{r['setting']} ({_digits(1e3 * r['seconds'])})" for r in (ours, asked)),
+                f"{_named(peer)} ({_digits(1e3 * peer['seconds'])})",
+                *(f"{r['seconds'] / peer['seconds']:.2f}" for r in (ours, asked)),
+            ]
+        )
+    header = ("", "ours (ms)", "adaptive (ms)", "fastest peer, tuned (ms)")
+    return _markdown((*header, "ours / peer", "adaptive / peer"), rows)
+
+
+def _kernel() -> str:
+    _, volatile = _read("benchmark/kernel/results")
+    rows = [
+        [
+            shape.strip("()"),
+            f"{1e6 * of['bare']['seconds_per_step']:.1f} µs",
+            *(f"{of[name]['overhead']:.3f}" for name in ("fp", "cg")),
+        ]
+        for shape, of in volatile["kernels"].items()
+    ]
+    return _markdown(
+        ("n, d", "one product, by hand", "FP, a step over it", "CG, a step over it"), rows
+    )
+
+
+def _hypergradient() -> str:
+    results, volatile = _read("benchmark/hypergradient/results")
+    shapes = list(volatile["whole"])
+    rows = []
+    for name in volatile["whole"][shapes[0]]:
+        cells = []
+        for shape in shapes:
+            times = {n: r["seconds"] for n, r in volatile["whole"][shape].items()}
+            taken = results["whole"][shape][name]["temporary_bytes"] / 1024
+            cells.append(f"{times[name] / times['by hand']:.2f}, {taken:.0f} KiB")
+        rows.append([name, *cells])
+    return _markdown(("time over that by hand, memory", *(s.strip("()") for s in shapes)), rows)
+
+
+def _scale() -> str:
+    results, volatile = _read("benchmark/scale/results")
+    rows = []
+    for what, seconds in volatile["seconds"].items():
+        sizes = [n if what == "n" else d for n, d in results["shapes"][what]]
+        for size, s, taken in zip(sizes, seconds, results["bytes"][what], strict=True):
+            rows.append([f"{what} = {size:,}", _digits(1e3 * s), _digits(taken / 1e3)])
+    return _markdown(("", "ms", "temporary kB"), rows)
+
+
 def _itd() -> str:
     results, volatile = _read("benchmark/itd/results")
     times = volatile["over_forward"]
@@ -345,11 +429,16 @@ TABLES: dict[str, Callable[[], str]] = {
         _memory,
         _figure2,
         _conv_eqm,
-        _batching,
         _certificates,
         _adaptive,
         _advice,
+        _kernel,
+        _hypergradient,
+        _accuracy,
+        _outer,
         _itd,
+        _batch,
+        _scale,
         _compile,
     )
 }

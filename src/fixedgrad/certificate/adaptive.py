@@ -51,9 +51,11 @@ from ..types import (
     status_where,
 )
 from .certificate import Certificate
-from .certify import assess
-from .dual_weighted import LooseSolves, dual_weighted, estimate_once, no_solves
+from .certify import assess, objected
+from .dual_weighted import dual_weighted, estimate_once
+from .loose_solves import LooseSolves, no_solves
 from .options import check_factory, krylov
+from .saddle import leads_away
 
 tree = optax.tree
 
@@ -167,7 +169,7 @@ def adaptive_hypergradient(
                 problem,
                 estimate_once(
                     problem,
-                    dual_weighted(problem, w, v, make, LOOSE, solves, split=False),
+                    dual_weighted(problem, w, v, make, LOOSE, solves, split=False, once=False),
                     solves,
                 ),
                 None,
@@ -182,8 +184,8 @@ def adaptive_hypergradient(
     def one_round(problem: Problem, solves_with: Plain | Assisted, s: _Round) -> _Round:
         norm = problem.norm
         dtype = norm(s.w).dtype
-        # At first to relative residuals of half the tolerance: where A is well conditioned this is
-        # enough, and one round will do.
+        # At first to a relative error of w of half the tolerance, and such a residual of v: as a rule
+        # one round will do.
         goal = jnp.asarray(rtol, dtype)
         goal = jnp.where(s.rounds == 0, 0.5 * jnp.where(goal > 0, goal, LOOSE), 0.0)
         lower = solve_for_w(
@@ -197,25 +199,33 @@ def adaptive_hypergradient(
             LooseSolves(lower.amplification, linear.amplification, lower.left, linear.left)
         )
         make = functools.partial(solves_with.solver, kept)
-        probe = ~solves_with.definite(kept, problem.equation.jvp(w, problem.x).j, w)
-        p = dual_weighted(problem, w, v, make, LOOSE, solves, split=False, probe=probe)
+        p = dual_weighted(problem, w, v, make, LOOSE, solves, split=False, once=False)
         # A matrix by which these solves fail is one of another system.
         ended = solve_info(0, p.r_w, status_where(p.solved, Status.CONVERGED, Status.MAX_STEPS))
         kept = solves_with.used(kept, ended, LOOSE)
         c = estimate_once(problem, p, solves)
         spent = jax.tree.map(jnp.add, spent, c.products)
-        certificate = assess(problem, c, None, safety)._replace(products=spent)
+        certificate = assess(problem, c, None, safety)
         tol = jnp.maximum(
             jnp.asarray(rtol, dtype) * norm(certificate.polished), jnp.asarray(atol, dtype)
         )
         met = certificate.valid & (certificate.error <= tol)
         # Where ∇f = 0 no relative tolerance can be met, as what is left is the rounding of the terms
         # that cancel: ∇₂E, Bᵀv, and what w adds to them. It is to be small relative to these.
-        of_w, of_e_w = problem.norms(w, tree.sub(w, p.w))
+        e_w = tree.sub(w, p.w)
+        of_w, of_e_w = problem.norms(w, e_w)
         terms = p.terms + ratio(p.size_lower * of_w, of_e_w)
         only_rounding = certificate.error <= 4 * p.rounding
         at_floor = only_rounding & (certificate.error <= jnp.asarray(rtol, dtype) * terms)
         met_at_floor = certificate.valid & ~met & at_floor
+        # A saddle is looked for where all else is well, once as a rule.
+        wanted = met | met_at_floor
+        of_j = problem.equation.jvp(w, problem.x).j
+        wanted &= ~solves_with.definite(kept, of_j, w, wanted)
+        repels, probes = leads_away(problem, w, e_w, wanted)
+        certificate = objected(certificate, repels)
+        met, met_at_floor = met & ~repels, met_at_floor & ~repels
+        spent = jax.tree.map(jnp.add, spent, probes)
         # Of what may remain each stage gets a share in proportion to what a digit costs it: the sum of
         # a ln(1/θ) and b ln(1/(1 − θ)) is least at θ = a/(a + b). Both solves of the pass went to the
         # same relative tolerance, so that their products show a : b. A stage that has its share
@@ -239,7 +249,7 @@ def adaptive_hypergradient(
             shrink_w * p.r_w,
             shrink_v * p.r_v,
             c.solves,
-            certificate,
+            certificate._replace(products=spent),
             spent,
             kept,
             s.rounds + 1,

@@ -18,6 +18,7 @@ from ..types import LinearSolver, Outer, Phi, PyTree, Scalar, status_of
 from .certificate import Certificate, CertificateStatus, relative, the_pair
 from .dual_weighted import RefinedEstimate, refine
 from .options import NO_KWARGS, check_factory, check_kwargs, krylov
+from .saddle import leads_away
 
 tree = optax.tree
 
@@ -156,7 +157,10 @@ def _compute(
 ) -> Certificate:
     v_x, given, extra = the_pair(where, problem, v, gradient, make_linear_solver(solve_rtol))
     passes = refine(problem, problem.w, v_x, make_linear_solver, solve_rtol, _MAX_PASSES)
-    return assess(problem, passes, given, safety, extra)
+    certificate = assess(problem, passes, given, safety, extra)
+    repels, probes = leads_away(problem, passes.w, tree.sub(problem.w, passes.w), True)
+    spent = jax.tree.map(jnp.add, certificate.products, probes)
+    return objected(certificate, repels)._replace(products=spent)
 
 
 def assess(
@@ -183,7 +187,6 @@ def assess(
         (~s.missed, CertificateStatus.REMAINDER),
         (unexplained <= 0.5 * whole + p.rounding, CertificateStatus.REMAINDER),
         (s.reduction_v <= 0.5, CertificateStatus.KINK),
-        (~s.repels, CertificateStatus.REPELLED),
         (s.reduction_w <= 0.5, CertificateStatus.FAR),
         (s.solved, CertificateStatus.SOLVE_FAILED),
         (jnp.isfinite(error), CertificateStatus.NON_FINITE),
@@ -211,3 +214,13 @@ def assess(
         safety=safety,
         proved=jnp.asarray(False),
     )
+
+
+def objected(certificate: Certificate, repels: jax.Array) -> Certificate:
+    """The certificate with the status `REPELLED`, unless there is a worse one."""
+    milder = (CertificateStatus.VALID, CertificateStatus.REMAINDER, CertificateStatus.KINK)
+    objection = repels & jnp.any(certificate.status == jnp.array(milder, jnp.int32))
+    status = jnp.where(objection, jnp.int32(CertificateStatus.REPELLED), certificate.status)
+    polished = tree.where(objection, certificate.gradient, certificate.polished)
+    valid = certificate.valid & ~objection
+    return certificate._replace(valid=valid, status=status, polished=polished)

@@ -23,57 +23,14 @@ from ..real_form import (
     nudged,
     random_signs,
     ratio,
-    real_dtype,
     resolution,
 )
-from ..types import Jacobian, LinearSolver, MatVec, Products, PyTree, Scalar, failed
-from .saddle import repelled
+from ..types import Jacobian, LinearSolver, MatVec, Products, PyTree, Scalar
+from .loose_solves import LooseSolves, loosely, no_solves
 
 tree = optax.tree
 
 _ROUGH = 0.3  # Tolerance of solves that have to get the size right.
-_UNSEEN = 2.0  # A gain that grows by more than this shows an error that was not seen before.
-
-
-class LooseSolves(NamedTuple):
-    """The amplification and the residuals of loose solves with A (for w) and Aᵀ (for v) so far.
-
-    A Krylov method brings a residual down along the large singular values of A first. So a loose solve
-    of an ill-conditioned system misses the part along the small ones, which may be most of the error.
-    The next solve shows it, if its tolerance is below the residual that the last solve left: the part
-    that was missed is amplified more than all before.
-
-    Attributes:
-        amplification_w: The largest ‖A⁻¹r‖/‖r‖ of a right-hand side r.
-        amplification_v: The largest ‖A⁻ᵀb‖/‖b‖ of a right-hand side b.
-        residual_w: The residual norm that the last solve for w left; infinity before the first.
-        residual_v: The same for v.
-    """
-
-    amplification_w: jax.Array
-    amplification_v: jax.Array
-    residual_w: jax.Array
-    residual_v: jax.Array
-
-    def exceeded_by(self, later: "LooseSolves") -> jax.Array:
-        """Whether later solves found an error that these had missed."""
-        more_w = later.amplification_w > _UNSEEN * self.amplification_w
-        return more_w | (later.amplification_v > _UNSEEN * self.amplification_v)
-
-    def then(self, later: "LooseSolves") -> "LooseSolves":
-        """These solves and later ones, taken together."""
-        return LooseSolves(
-            jnp.maximum(self.amplification_w, later.amplification_w),
-            jnp.maximum(self.amplification_v, later.amplification_v),
-            jnp.where(jnp.isfinite(later.residual_w), later.residual_w, self.residual_w),
-            jnp.where(jnp.isfinite(later.residual_v), later.residual_v, self.residual_v),
-        )
-
-
-def no_solves(like: jax.Array) -> LooseSolves:
-    """Before the first solve."""
-    zero = jnp.zeros_like(like)
-    return LooseSolves(zero, zero, zero + jnp.inf, zero + jnp.inf)
 
 
 class Estimate(NamedTuple):
@@ -96,9 +53,9 @@ class Estimate(NamedTuple):
         terms: ‖ĝ‖ + ‖Bᵀv‖, the size of the terms of ĝ.
         noise: The part of ‖ĝ‖ that may be rounding.
         solves: The `LooseSolves` of this pass.
+        seen: Those that they are to be compared with: those before, or its own first stages.
         products: The `Products` that it cost.
         solved: Whether the loose solves succeeded.
-        repels: Whether steps of Φ lead away from the fixed point nearby: see `repelled`.
     """
 
     gradient: PyTree
@@ -117,9 +74,9 @@ class Estimate(NamedTuple):
     terms: jax.Array
     noise: jax.Array
     solves: LooseSolves
+    seen: LooseSolves
     products: Products
     solved: jax.Array
-    repels: jax.Array
 
     @property
     def rounding(self) -> jax.Array:
@@ -144,7 +101,7 @@ class RefinedEstimate(NamedTuple):
             hidden.
         products: The `Products` of all passes.
         solved: Whether all loose solves succeeded.
-        repels: Whether Φ leads away from where the passes lead to.
+        w: Where the passes end.
     """
 
     first: Estimate
@@ -157,7 +114,7 @@ class RefinedEstimate(NamedTuple):
     missed: jax.Array
     products: Products
     solved: jax.Array
-    repels: jax.Array
+    w: PyTree
 
 
 def dual_weighted(
@@ -168,7 +125,7 @@ def dual_weighted(
     rtol: Scalar,
     before: LooseSolves,
     split: bool | jax.Array = True,
-    probe: bool | jax.Array = True,
+    once: bool = True,
 ) -> Estimate:
     """One pass at (w, v).
 
@@ -182,9 +139,10 @@ def dual_weighted(
         before: What these have shown.
         split: Whether the parts of the error are wanted, by one rough solve more; else they are in
             proportion to their right-hand sides.
-        probe: Whether to look for a direction that steps of Φ lead away along.
+        once: Whether the solves are taken in one stage. Else one that none came before is taken in two,
+            the second of what the first left, so that it can tell whether more may be hidden.
     """
-    norm, norms, dtype = problem.norm, problem.norms, real_dtype(w)
+    norm, norms = problem.norm, problem.norms
     # ∇L in one linearisation: its tangent gives A = I − J and h, its transpose is not needed.
     (r_w, r_v, g, b), tangent = jax.linearize(lambda u: problem.gradients(u, v), w)
     of_phi = problem.equation.vjp(w, problem.x)
@@ -200,12 +158,13 @@ def dual_weighted(
     size_w = norm(r_w)
     rtol = jnp.asarray(rtol, size_w.dtype)
     rtol_w = rtol * jnp.minimum(1.0, ratio(before.residual_w, size_w))
-    e_w, info_w = make_linear_solver(rtol_w.astype(dtype))(
-        Jacobian.from_complement(lambda u: tangent(u)[0]), r_w
-    )
+    at_w = Jacobian.from_complement(lambda u: tangent(u)[0])
+    first_w = jnp.asarray(once) | (before.amplification_w > 0)
+    of_w_solve = loosely(norm, make_linear_solver, at_w, r_w, rtol_w, once, first_w)
+    e_w = of_w_solve.x
     _, h_w, h_x, _ = tangent(e_w)
     both_sides = tree.sub(h_w, r_v)
-    of_h_w, of_both, of_e_w = norms(h_w, both_sides, e_w)
+    of_h_w, of_both = norms(h_w, both_sides)
 
     # Of the two right-hand sides the second only serves to tell the parts apart: a rough solve.
     right = left_v + of_h_w
@@ -217,13 +176,14 @@ def dual_weighted(
         sides.append((asked, rough.astype(right.dtype)))
     rows = jax.tree.map(lambda *x: jnp.stack(x), *sides)
 
-    def solve(row: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array, jax.Array]:
-        side, relative = row
-        x, info = make_linear_solver(relative.astype(dtype))(of_phi.j, side)
-        return x, info.num_steps, failed(info)
-
-    solved, steps, lost = lax.map(solve, rows)
-    e_v, *from_h = (jax.tree.map(lambda x, i=i: x[i], solved) for i in range(len(sides)))
+    first_v = jnp.asarray(once) | (before.amplification_v > 0)
+    of_v_solves = lax.map(
+        lambda row: loosely(norm, make_linear_solver, of_phi.j, row[0], row[1], once, first_v), rows
+    )
+    of_v_solve, *others = (
+        jax.tree.map(lambda x, i=i: x[i], of_v_solves) for i in range(len(sides))
+    )
+    e_v, from_h = of_v_solve.x, [other.x for other in others]
     both = of_phi.b(e_v)
     # Without that solve the parts are told apart by their right-hand sides.
     share = ratio(of_h_w, right)
@@ -231,21 +191,27 @@ def dual_weighted(
     if from_h:
         of_h = tree.where(split, of_phi.b(from_h[0]), of_h)
     one = jnp.int32(1)
-    repels, probes = repelled(lambda u: tree.conj(of_phi.j(tree.conj(u))), e_w, probe)
     # Φ is linearised once; ∇L, its tangent (J and the second derivative), and Bᵀ for each part.
     products = Products(
         one,
-        info_w.num_steps + one,
-        jnp.sum(steps, dtype=jnp.int32) + 3 * one + probes + jnp.asarray(split, jnp.int32),
+        of_w_solve.products + one,
+        jnp.sum(of_v_solves.products, dtype=jnp.int32) + 3 * one + jnp.asarray(split, jnp.int32),
     )
     noise_v = eps * (of_b + 2 * size_a * of_v)
     # A right-hand side that is rounding has parts along all singular vectors of A: how much a solve
     # amplifies it says nothing of the residuals.
+    visible = right > 2 * noise_v
     solves = LooseSolves(
-        jnp.where(at_floor, 0.0, ratio(of_e_w, size_w)),
-        jnp.where(right > 2 * noise_v, ratio(norm(e_v), of_both), 0.0),
-        rtol_w * size_w,
-        rtol_v * right,
+        jnp.where(at_floor, 0.0, of_w_solve.amplification),
+        jnp.where(visible, of_v_solve.amplification, 0.0),
+        of_w_solve.left,
+        of_v_solve.left,
+    )
+    seen = LooseSolves(
+        jnp.where(first_w, before.amplification_w, of_w_solve.at_first),
+        jnp.where(first_v, before.amplification_v, of_v_solve.at_first),
+        before.residual_w,
+        before.residual_v,
     )
     lower, linear = tree.add(h_x, of_h), tree.sub(both, of_h)
     size, size_b, size_lower, size_linear = norms(g, of_phi.b(v), lower, linear)
@@ -266,9 +232,9 @@ def dual_weighted(
         size + size_b,
         eps * (size + size_b),
         solves,
+        seen,
         products,
-        ~(failed(info_w) | jnp.any(lost)),
-        repels,
+        ~(of_w_solve.lost | jnp.any(of_v_solves.lost)),
     )
 
 
@@ -317,7 +283,7 @@ def refine(
         # where much was left: A is so ill-conditioned that loose solves miss it, or w is far.
         tol = jnp.asarray(rtol, norm(w).dtype)
         tol = jnp.stack([tol, jnp.sqrt(tol), tol**2])[jnp.minimum(i, 2)]
-        return dual_weighted(problem, w, v, make_linear_solver, tol, solves, i == 0, i == 1)
+        return dual_weighted(problem, w, v, make_linear_solver, tol, solves, i == 0)
 
     def body(
         carry: tuple[jax.Array, Estimate, RefinedEstimate],
@@ -354,7 +320,7 @@ def refine(
                 later & solves.exceeded_by(p.solves),
                 jax.tree.map(jnp.add, s.products, p.products),
                 s.solved & p.solved,
-                s.repels | p.repels,
+                p.w,
             ),
         )
 
@@ -367,10 +333,8 @@ def refine(
 
     def blank() -> tuple[Estimate, RefinedEstimate]:
         p = run(jnp.int32(0), w, v, no_solves(norm(w)))
-        x = p.r_w
-        return p, RefinedEstimate(
-            p, p.gradient, x, x, x, x, p.solves, p.solved, p.products, p.solved, p.repels
-        )
+        x, no = p.r_w, jnp.asarray(False)
+        return p, RefinedEstimate(p, p.gradient, x, x, x, x, p.solves, no, p.products, no, p.w)
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(blank))
     before, s = zeros
@@ -397,8 +361,8 @@ def estimate_once(problem: Problem, p: Estimate, before: LooseSolves) -> Refined
         ratio(jnp.maximum(size_w - 2 * p.noise_w, 0.0), p.r_w),
         ratio(jnp.maximum(size_v - 2 * p.noise_v, 0.0), p.right),
         before.then(p.solves),
-        before.exceeded_by(p.solves),
+        p.seen.exceeded_by(p.solves),
         p.products._replace(phi=p.products.phi + one, jt=p.products.jt + one),
         p.solved,
-        p.repels,
+        p.w,
     )

@@ -8,12 +8,30 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from ..problem import Problem
 from ..real_form import COMPUTATION, inner, norm, random_signs, resolution
-from ..types import PyTree
+from ..types import Products, PyTree
 
 tree = optax.tree
 
 _MAX_PRODUCTS = 20
+
+
+def leads_away(
+    problem: Problem, w: PyTree, e_w: PyTree, wanted: bool | jax.Array
+) -> tuple[jax.Array, Products]:
+    """Whether steps of Φ lead away from a fixed point at w, and what it took to see, where `wanted`.
+
+    Args:
+        problem: Φ.
+        w: Where.
+        e_w: Lanczos's method starts at this and a random direction.
+        wanted: False for an answer of False.
+    """
+    of_phi = problem.equation.vjp(w, problem.x)
+    repels, products = repelled(lambda u: tree.conj(of_phi.j(tree.conj(u))), e_w, wanted)
+    evaluations = jnp.asarray(wanted, jnp.int32)
+    return repels, Products(evaluations, jnp.zeros_like(products), products)
 
 
 def repelled(

@@ -31,7 +31,7 @@ MAX_SIZE = 1024
 """The largest number of real unknowns for which a matrix is made."""
 
 _AT_ONCE = 16.0  # A price so low that the first system pays it.
-_TOO_DEAR = 150.0  # A price that is hardly ever paid, while the place for the matrix always is.
+_TOO_DEAR = 100.0  # A price that is hardly ever paid, while the place for the matrix always is.
 _REFINEMENTS = 30
 _CONTRACTION = 0.3  # Of a refinement: where it takes less off, the matrix is one of another system.
 _BLOCKED = 0.15  # What a product costs in a block of many, of a single one.
@@ -74,9 +74,12 @@ class Plain(NamedTuple):
         del lost
         return kept
 
-    def definite(self, kept: PyTree, matvec: MatVec, w: PyTree) -> jax.Array:
-        """Whether I − J, with this M = J, is seen to be positive definite, if it is symmetric."""
-        del kept, matvec, w
+    def definite(self, kept: PyTree, matvec: MatVec, w: PyTree, wanted: jax.Array) -> jax.Array:
+        """Whether I − J, with this M = J, is seen to be positive definite, if it is symmetric.
+
+        False where that is not `wanted`.
+        """
+        del kept, matvec, w, wanted
         return jnp.asarray(False)
 
 
@@ -155,7 +158,7 @@ class Assisted(NamedTuple):
         ready = kept.inverse.ready & ~lost
         return Assistance(kept.inverse._replace(ready=ready), jnp.where(lost, 0, kept.spent))
 
-    def definite(self, kept: Assistance, matvec: MatVec, w: PyTree) -> jax.Array:
+    def definite(self, kept: Assistance, matvec: MatVec, w: PyTree, wanted: jax.Array) -> jax.Array:
         """As in `Plain`: a few products with a random vector, in the place of Lanczos's many."""
         # P ≻ 0 is that of another w. With A = I − J symmetric, PA has the signs of A: a direction with
         # pᵀAp ≤ 0 is one that I − PA does not shrink. So a random vector that it shrinks to less than
@@ -164,7 +167,8 @@ class Assisted(NamedTuple):
         start = to_real(random_signs(w))
         _, product = in_real_form(jacobian(matvec), to_real, from_real, 0.0)
         space = Space(((),) * len(start), ())
-        known, size = kept.inverse.ready & kept.inverse.definite, space.norm(start)
+        known = wanted & kept.inverse.ready & kept.inverse.definite
+        size = space.norm(start)
         least = 0.1 * size / math.sqrt(real_size(w))
 
         def step(carry: tuple[jax.Array, PyTree, jax.Array]) -> tuple[jax.Array, PyTree, jax.Array]:

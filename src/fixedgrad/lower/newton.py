@@ -45,9 +45,10 @@ from .solver import CheckedSolver, Lower
 
 tree = optax.tree
 
+_FINEST, _COARSEST = 1e-4, 0.5  # Tolerances that a solve is asked for on the way.
 _PLAIN_STEPS = 10  # Steps of Φ, at least, where a Newton step does not bring the residual down.
 _HALVINGS = 4  # Shorter steps that are tried before these.
-LOOSE = 0.1  # Tolerance of the solves in an estimate, and of a Newton step far from the goal.
+LOOSE = 0.1  # Tolerance of the solves in an estimate.
 _SOLVER = gmres(max_steps=1000, restart=50)
 
 
@@ -125,7 +126,7 @@ def newton(
         if not jax.tree.leaves(w_x):  # Nothing to solve.
             return w0, lower.exact_steps(0, w_x)
 
-        def judge(w: PyTree, image: PyTree) -> Measured:
+        def judge(w: PyTree, image: PyTree, _: jax.Array) -> Measured:
             return lower.measured(stop, w, image)
 
         preconditioned = linear_solver
@@ -171,6 +172,7 @@ class Newton(NamedTuple):
         amplification: The largest ‖e‖/‖r‖ of the solves.
         left: The residual norm that the last of them left.
         num_steps: Linear solves so far.
+        forcing: The relative tolerance that the next one can use.
         spent: In all.
         kept: What the linear solves keep from one to the next.
     """
@@ -182,6 +184,7 @@ class Newton(NamedTuple):
     amplification: jax.Array
     left: jax.Array
     num_steps: jax.Array
+    forcing: jax.Array
     spent: Products
     kept: PyTree
 
@@ -219,7 +222,7 @@ def newton_krylov(
     equation: Equation,
     x: PyTree,
     w: PyTree,
-    judge: Callable[[PyTree, PyTree], Measured],
+    judge: Callable[[PyTree, PyTree, jax.Array], Measured],
     solves: Plain | Assisted,
     kept: PyTree,
     affordable: Callable[[Newton], jax.Array],
@@ -240,7 +243,8 @@ def newton_krylov(
         equation: w = Φ(w, x).
         x: What Φ depends on beside w.
         w: The start.
-        judge: The residual of w against its tolerance, from w and Φ(w).
+        judge: The residual of w against its tolerance, from w, Φ(w), and how much the last solve
+            amplified its right-hand side.
         solves: The linear solves.
         kept: What they have kept.
         affordable: Whether another step may be taken.
@@ -249,7 +253,7 @@ def newton_krylov(
         image: Φ(w), where it is known.
     """
     space = equation.space(w)
-    start = judge(w, equation.phi(w, x) if image is None else image)
+    start = judge(w, equation.phi(w, x) if image is None else image, jnp.ones((), real_dtype(w)))
     dtype = start.norm.dtype  # Which holds more than w, where λ has more.
 
     def size_of(u: PyTree) -> jax.Array:
@@ -264,8 +268,9 @@ def newton_krylov(
     def step(s: Newton) -> Newton:
         now = s.measured
         r, product = jax.linearize(lambda u: equation.residual(u, x), s.w)
-        # No more accurate than the goal asks for, nor than a Newton step can use.
-        forcing = jnp.clip(0.5 * ratio(now.tolerance, now.norm), 1e-4, LOOSE)
+        # No more accurate than the goal asks for.
+        least = jnp.clip(0.5 * ratio(now.tolerance, now.norm), _FINEST, _COARSEST)
+        forcing = jnp.maximum(s.forcing, least)
         matvec = Jacobian.from_complement(product)
         kept = solves.prepared(s.kept, matvec, r)
         e, info = solves.solver(kept, forcing.astype(real_dtype(w)))(matvec, r)
@@ -273,10 +278,11 @@ def newton_krylov(
         useless = missed & ~(residual < 0.9 * now.norm)
         effort = products_of(info)
         many = jnp.maximum(effort, _PLAIN_STEPS)
+        amplification = ratio(size_of(e), now.norm)
 
         def look(t: _Trial) -> _Trial:
             image = equation.phi(t.u, x)
-            there = judge(t.u, image)
+            there = judge(t.u, image, amplification)
             is_plain = t.plain > 0
             # A relative tolerance grows with w: far away it is met by a residual that has grown.
             shrunk = jnp.any(there.sizes <= (1 - 0.3 * t.theta) * now.sizes)
@@ -306,7 +312,10 @@ def newton_krylov(
         t = _Trial(u, one, jnp.where(useless, 1, none), now.norm, now, false, false, none)
         t = lax.while_loop(lambda t: ~t.found & ~t.settled, *steady(look, t))
         left = jnp.where(missed, residual, forcing * now.norm)
-        larger = jnp.maximum(s.amplification, ratio(size_of(e), now.norm))
+        # Nor than a Newton step can use, which leaves of the residual what curvature makes of it.
+        shrunk = jnp.minimum(ratio(t.measured.norm, now.norm), 1.0)
+        following = jnp.maximum(shrunk**2, jnp.where(forcing**2 > 0.1, forcing**2, 0.0))
+        larger = jnp.maximum(s.amplification, amplification)
         return Newton(
             tree.where(t.settled, s.w, t.u),
             tree.where(t.settled, now, t.measured),
@@ -315,6 +324,7 @@ def newton_krylov(
             jnp.where(useless, s.amplification, larger),
             jnp.where(useless, s.left, left),
             s.num_steps + 1,
+            jnp.minimum(following, _COARSEST),
             s.spent._replace(phi=s.spent.phi + 1 + t.looks, j=s.spent.j + effort),
             solves.used(kept, info, forcing),
         )
@@ -324,7 +334,9 @@ def newton_krylov(
     zero = jnp.zeros_like(start.norm)
     spent = spent._replace(phi=spent.phi + int(image is None))
     false, none = jnp.asarray(False), jnp.int32(0)
-    s = Newton(w, start, start.norm, false, zero, zero + jnp.inf, none, spent, kept)
+    s = Newton(
+        w, start, start.norm, false, zero, zero + jnp.inf, none, zero + _COARSEST, spent, kept
+    )
     return lax.while_loop(unfinished, *steady(step, s))
 
 
@@ -338,15 +350,16 @@ def solve_for_w(
     goal: jax.Array | float = 0.0,
     spent: Products | None = None,
 ) -> Newton:
-    """Brings ‖w − Φ(w)‖ to `tau`, or to `goal` ‖Φ(w)‖ if that is more.
+    """Brings ‖w − Φ(w)‖ to `tau`, or w to a relative error of `goal` if that is less strict.
 
-    First by steps of Φ, for as long as each takes a good part off: nothing is cheaper.
+    The error is the residual as much amplified as that of the last solve was. First by steps of Φ, for
+    as long as each takes a good part off: nothing is cheaper.
     """
     norm, floor, x = problem.norm, LAST_DIGITS * resolution(w), problem.x
     phi = problem.equation.phi
 
-    def judge(w: PyTree, image: PyTree) -> Measured:
-        tolerance = jnp.maximum(tau, goal * norm(image))
+    def judge(w: PyTree, image: PyTree, amplification: jax.Array) -> Measured:
+        tolerance = jnp.maximum(tau, goal * norm(image) / jnp.maximum(amplification, 1.0))
         size = norm(tree.sub(w, image))
         return Measured(size, tolerance, floor * norm(w), jnp.asarray(False))
 
@@ -354,11 +367,13 @@ def solve_for_w(
         return ~c.measured.met & (c.measured.norm <= WORTHWHILE * c.before)
 
     def step(c: _Steps) -> _Steps:
-        image = phi(c.image, x)
-        return _Steps(c.image, image, judge(c.image, image), c.measured.norm, c.evaluations + 1)
+        image, before = phi(c.image, x), c.measured.norm
+        # Contracted by q, a residual r leaves an error of r/(1 − q).
+        q = jnp.minimum(ratio(norm(tree.sub(c.image, image)), before), WORTHWHILE)
+        return _Steps(c.image, image, judge(c.image, image, 1 / (1 - q)), before, c.evaluations + 1)
 
     image = phi(w, x)
-    start = judge(w, image)
+    start = judge(w, image, jnp.full_like(norm(w), 1 / (1 - WORTHWHILE)))
     c = _Steps(w, image, start, jnp.full_like(start.norm, jnp.inf), jnp.int32(1))
     c = lax.while_loop(contracts, *steady(step, c))
     nothing = Products(*(jnp.int32(0) for _ in range(3)))

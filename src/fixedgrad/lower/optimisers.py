@@ -13,7 +13,7 @@ from ..errors import check_callable, check_inexact, check_scalar, show
 from ..failure import check_on_failure
 from ..iteration import Measured, Progress, first_progress, goes_on, stopping, verdict
 from ..leaves import eval_shape, stopped_by_residual, strongly_typed
-from ..mapped_axes import steady
+from ..mapped_axes import run_if, steady
 from ..maps import gradient_descent
 from ..printing import printed
 from ..real_form import EVALUATION, Space, nudged, resolution, steepest_ascent
@@ -120,11 +120,15 @@ def from_optax(
         size = space.size_of(grad)
         tolerance = stop.tolerance(size)
 
-        def rounding(w: PyTree, grad: PyTree) -> jax.Array:
-            """What the last digits of w make of the gradient."""
-            return space.size_of(tree.sub(evaluate(nudged(w))[1], grad))
+        def rounding(w: PyTree, grad: PyTree, wanted: jax.Array) -> jax.Array:
+            """What the last digits of w make of the gradient, if `wanted`; else 0."""
 
-        floor = rounding(w0, grad) + EVALUATION * eps * size
+            def observed() -> jax.Array:
+                return space.size_of(tree.sub(evaluate(nudged(w))[1], grad))
+
+            return run_if(wanted, observed, jnp.zeros_like(size))
+
+        floor = rounding(w0, grad, tree.norm(w0) > 0) + EVALUATION * eps * size
 
         def measured(grad: PyTree, rounded: jax.Array) -> Measured:
             return Measured(space.size_of(grad), tolerance, floor, rounded)
@@ -143,9 +147,9 @@ def from_optax(
         c = lax.while_loop(unfinished, *steady(step_until, carry))
         # The true one, whatever comes after the line search in a chain.
         grad = evaluate(c.w)[1] if remembered else c.grad
-        info = verdict(
-            c.i, measured(grad, space.size_of(grad) <= rounding(c.w, grad)), size, c.progress
-        )
+        end = measured(grad, jnp.asarray(False))
+        at_rounding = ~end.met & (end.norm <= rounding(c.w, grad, ~end.met))
+        info = verdict(c.i, measured(grad, at_rounding), size, c.progress)
         return stopped_by_residual("from_optax", c.w), info
 
     return CheckedSolver(solve, on_failure, gradient_descent(loss, step_size=1.0))
