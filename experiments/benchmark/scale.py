@@ -53,6 +53,7 @@ def main(options: argparse.Namespace) -> report.Claims:
         claims=claims,
         settings={"seed": options.seed, "rounds": rounds, "t": T, "k": K},
         results={
+            "shapes": shapes,
             "bytes": {what: rows["bytes"] for what, rows in found.items()},
             "devices": devices,
         },
