@@ -223,8 +223,17 @@ def table(summaries: list[Summary]) -> str:
 
 def _checked(summaries: list[Summary]) -> report.Claims:
     claims = report.Claims()
+    # In float32 what may be rounding is above 1e-3 where κ is 1e4, and `adaptive` says so: NaN.
+    by_rounding = [s.name for s in summaries if s.adaptive is None and s.name.endswith("float32")]
     missing = [s.name for s in summaries if s.ours is None or s.adaptive is None]
-    claims.check("Ours and `adaptive` reach every goal", not missing, ", ".join(missing) or "all")
+    missing = [name for name in missing if name not in by_rounding]
+    claims.check(
+        "Ours reaches every goal, `adaptive` every one in float64",
+        not missing,
+        (", ".join(missing) or "all")
+        + "; in float32 it refuses: " * bool(by_rounding)
+        + ", ".join(by_rounding),
+    )
     if not any(s.peer for s in summaries):
         return claims  # None is installed.
     for name, which, bounds in (

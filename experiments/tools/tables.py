@@ -311,6 +311,20 @@ def _advice() -> str:
     return _markdown(header, rows)
 
 
+def _advice_lower() -> str:
+    _, volatile = _read("advice/results")
+    rows = []
+    for problem, of in volatile["lower"].items():
+        times = {name: t for name, (error, t) in of["ways"].items() if error <= 0.01}
+        best = min(times, key=lambda name: times[name])
+        cells = (
+            (f"`{n.replace('phi, ', '')}`", f"{1e6 * times[n]:.0f} µs")
+            for n in (of["chosen"], best)
+        )
+        rows.append([problem, *(x for pair in cells for x in pair)])
+    return _markdown(("problem", "recommended", "its time", "fastest", "its time"), rows)
+
+
 def _accuracy() -> str:
     _, volatile = _read("benchmark/accuracy/results")
     rows = []
@@ -432,6 +446,7 @@ TABLES: dict[str, Callable[[], str]] = {
         _certificates,
         _adaptive,
         _advice,
+        _advice_lower,
         _kernel,
         _hypergradient,
         _accuracy,

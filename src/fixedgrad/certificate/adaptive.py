@@ -84,13 +84,14 @@ def adaptive_hypergradient(
 ) -> Hypergradient:
     """A hypergradient with ‖g − ∇f‖ ≤ max(rtol ‖∇f‖, atol), as estimated; it chooses t and k itself.
 
-    Each round brings w to ‖r_w‖ ≤ τ_w: by steps of Φ for as long as each takes a third off the
-    residual, then by Newton–Krylov steps w ← w − e_w, A e_w ≈ r_w (where one does not bring the
-    residual down, by ten steps of Φ or more). It brings v to ‖r_v‖ ≤ τ_v, and takes the dual weighted
-    estimate of `certify`. Where that is above the tolerance each stage is to have a share of the
-    tolerance, in proportion to what a digit costs it; the two thresholds shrink accordingly, and the
-    next round goes on from the corrected pair (w⁺, v⁺). The result is the corrected gradient g⁺ of the
-    last round, while the tolerance is met by the estimate for ĝ before the correction.
+    Each round brings w to ‖r_w‖ ≤ τ_w, the first to a relative error of w of `rtol`/2: by steps of Φ
+    for as long as each takes a third off the residual, then by Newton–Krylov steps w ← w − e_w, A e_w ≈
+    r_w (where one does not bring the residual down, by ten steps of Φ or more). It brings v to ‖r_v‖ ≤
+    τ_v, and takes the dual weighted estimate of `certify`. Where that is above the tolerance each stage
+    is to have a share of the tolerance, in proportion to what a digit costs it; the two thresholds
+    shrink accordingly, and the next round goes on from the corrected pair (w⁺, v⁺). The result is the
+    corrected gradient g⁺ of the last round, while the tolerance is met by the estimate for ĝ before the
+    correction.
 
     With the linear solver by default, and up to 1024 unknowns (not within a `shard_map`, nor of an
     explicit mesh), (I − J)⁻¹ is made as a matrix once the solves have spent what it costs: at once for
@@ -106,8 +107,8 @@ def adaptive_hypergradient(
     are sound.
 
     Cost: measured in `state.certificate.products`; about a Newton–Krylov solve for w, one solve for v
-    and two estimates. Memory: that of the linear solver (`gmres`: 54 vectors), and 2 d² numbers where a
-    matrix of d unknowns may be made.
+    and one estimate, at times two. Memory: that of the linear solver (`gmres`: 54 vectors), and 2 d²
+    numbers where a matrix of d unknowns may be made.
     When not to use it: where second derivatives of Φ mean nothing (kinks near the solution), or to
     differentiate the iterations of a solver that does not converge (`itd`).
 

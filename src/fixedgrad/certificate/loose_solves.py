@@ -91,7 +91,17 @@ def loosely(
     once: bool,
     enough: jax.Array,
 ) -> LooseSolve:
-    """A⁻¹b to the relative tolerance `rtol`; unless one stage is `enough`, then of what that left."""
+    """A⁻¹b to the relative tolerance `rtol`; unless one stage is enough, then of what that left.
+
+    Args:
+        norm: Of vectors like b.
+        make_linear_solver: From a relative tolerance to a solver.
+        m: M, with A = I − M.
+        b: The right-hand side.
+        rtol: Of each stage.
+        once: Whether there is one stage, whatever `enough` says: then there is no loop.
+        enough: Whether one is enough.
+    """
     of_j = jacobian(m)
     of_a = of_j.complement or (lambda u: tree.sub(u, of_j.product(u)))
     size, eps = norm(b), COMPUTATION * resolution(b)

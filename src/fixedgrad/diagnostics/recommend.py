@@ -5,61 +5,20 @@ the linear system at hand with every method that applies.
 """
 
 import math
-import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 
-from ..certificate.options import NO_KWARGS, check_kwargs, krylov
+from ..certificate.options import NO_KWARGS, check_kwargs
 from ..errors import check_callable, check_count, check_number, check_same
-from ..estimators import aid, itd
-from ..leaves import check_concrete, partition, strongly_typed
-from ..linear import bicgstab, cg, dense, fp, gmres, normal_cg
+from ..leaves import check_concrete, strongly_typed
 from ..lower import solve_with_info
-from ..problem import Problem, compiled_at
-from ..real_form import COMPUTATION, resolution
-from ..types import (
-    Estimator,
-    LinearSolver,
-    Outer,
-    Phi,
-    PyTree,
-    Scalar,
-    SolveInfo,
-    Solver,
-    Status,
-    failed,
-)
-from .numbers import difference, norm
+from ..types import Estimator, Outer, Phi, PyTree, Solver
 from .spectrum import Spectrum, judge_lower, measure, solve_lower
+from .trials import ITD, MAX_STEPS, Alternative, On, Way, tried, truth, unrolled, ways
 
-_MAX_STEPS = 5000
-_DIRECT = 2048  # Unknowns up to which a direct solve is tried.
 _NEAR = 1.2  # Methods within this factor of the least time are equally fast.
-
-
-class Alternative(NamedTuple):
-    """One way to the hypergradient, measured on this problem.
-
-    Attributes:
-        name: The call that makes it.
-        estimator: The estimator, ready to use.
-        usable: Whether it reached the tolerance without a breakdown (`itd`: whether ρ(J) < 1).
-        products: Products with J or Jᵀ that it took (`itd`: predicted from ρ(J)).
-        seconds: The least time of some compiled runs on this machine; NaN where not
-            usable, and for `itd`.
-        memory: Memory in units of w.
-        why: The reason for or against it, one clause.
-    """
-
-    name: str
-    estimator: Estimator
-    usable: bool
-    products: int
-    seconds: float
-    memory: int
-    why: str
 
 
 class Recommendation(NamedTuple):
@@ -68,9 +27,13 @@ class Recommendation(NamedTuple):
     Attributes:
         estimator: The recommended estimator, ready to use; `None` where nothing works here.
         name: The call that makes it; "nothing" where nothing works.
+        solver: The recommended solver of the lower level, ready to use, or the one that was given:
+            `fixed_point(phi, advice.estimator)(advice.solver)`; `None` where none works.
+        solver_name: The call that makes it; "yours" for the one given.
         reasons: Reasons for the choice, in sentences.
         warnings: Dangers that were seen, in sentences.
-        alternatives: Every method tried, the fastest first.
+        alternatives: Every method for the linear system that was tried, the fastest first.
+        ways: Every method for the lower level that was tried, the fastest first.
         size: Real unknowns d in w.
         spectral_radius: ρ(J) at the solution, estimated from below by power iteration.
         norm: ‖J‖, the same way; the local contraction constant in the Euclidean norm.
@@ -82,9 +45,12 @@ class Recommendation(NamedTuple):
 
     estimator: Estimator | None
     name: str
+    solver: Solver | None
+    solver_name: str
     reasons: tuple[str, ...]
     warnings: tuple[str, ...]
     alternatives: tuple[Alternative, ...]
+    ways: tuple[Way, ...]
     size: int
     spectral_radius: float
     norm: float
@@ -95,7 +61,9 @@ class Recommendation(NamedTuple):
 
     def __repr__(self) -> str:
         works = "" if self.estimator is not None else " works here"
-        lines = [f"recommended: {self.name}{works}", *(f"  because {r}" for r in self.reasons)]
+        lines = [f"recommended: {self.name}{works}"]
+        lines += [f"  at the w of {self.solver_name}"] * (self.solver is not None)
+        lines += [f"  because {r}" for r in self.reasons]
         lines += [f"  warning: {w}" for w in self.warnings]
         symmetric = "symmetric" if self.symmetric else "not symmetric"
         lines.append(
@@ -106,9 +74,15 @@ class Recommendation(NamedTuple):
         lines.append(f"  {'method':<46} {'usable':<7} {'products':>8} {'ms':>8} {'memory/w':>9}")
         for a in self.alternatives:
             usable = "yes" if a.usable else "no"
-            products = f"{a.products}" if a.products < _MAX_STEPS else "-"
+            products = f"{a.products}" if a.products < MAX_STEPS else "-"
             ms = "-" if math.isnan(a.seconds) else f"{1e3 * a.seconds:.3g}"
             lines.append(f"  {a.name:<46} {usable:<7} {products:>8} {ms:>8} {a.memory:>9}  {a.why}")
+        if self.ways:
+            lines.append(f"  {'lower level':<46} {'usable':<7} {'steps':>8} {'ms':>8}")
+        for way in self.ways:
+            usable = "yes" if way.usable else "no"
+            ms = "-" if math.isnan(way.seconds) else f"{1e3 * way.seconds:.3g}"
+            lines.append(f"  {way.name:<46} {usable:<7} {way.steps:>8} {ms:>8}  {way.why}")
         return "\n".join(lines)
 
 
@@ -125,13 +99,15 @@ def recommend(
     solver: Solver | None = None,
     max_products: int = 20_000,
 ) -> Recommendation:
-    """Which estimator suits this problem, why, and at what cost.
+    """Which estimator and which solver suit this problem, why, and at what cost.
 
     Solves the lower level (Newton–Krylov, or your `solver`), estimates ρ(J) and ‖J‖ by power
     iteration, the symmetry of J by random probes, the extreme eigenvalues where it is symmetric, and
     then computes the hypergradient at w(λ) to `rtol` by the methods that apply, and times them: to
     residuals of `rtol`, and of less by factors of ten where the hypergradient needs it. Once `cg` has
-    succeeded, the methods for any I − J are not tried; `normal_cg` is where no other succeeded.
+    succeeded, the methods for any I − J are not tried; `normal_cg` is where no other succeeded. Without
+    a `solver` of yours it solves the lower level from w₀ by the methods that apply to that, in the same
+    way.
 
     The rule: the fastest that succeeded, or the one that takes least memory among those within a fifth
     of its time. `itd` where the lower level was not solved, or nothing else succeeded, and Φ contracts:
@@ -161,7 +137,8 @@ def recommend(
             Newton–Krylov steps on Φ.
         max_products: Bound on products and evaluations of Φ: half of them to solve the lower level,
             what is left to the methods in equal shares, 5000 steps each at most. A linear solve or a
-            Newton step that has begun may exceed its share.
+            Newton step that has begun may exceed its share. Each method for the lower level may take
+            half as many steps again.
 
     Returns:
         A `Recommendation`; print it.
@@ -187,7 +164,7 @@ def recommend(
     options = {"rtol": rtol, "seed": seed, "solver": solver, "max_products": max_products}
     data = check_kwargs(recommend, functions, 2 + len(args), kwargs, options)
     check_concrete("recommend", (w0, lam, args, data))
-    compute = _On(outer, phi, lam, args, data)
+    compute = On(outer, phi, lam, args, data)
     w = strongly_typed(w0)
     if solver is None:
         lower = compute(solve_lower, w0, min(rtol, 1e-6), max_products // 2)
@@ -198,21 +175,29 @@ def recommend(
     w, residual, unsolved = lower.w, lower.residual, bool(lower.failed)
     *found, size = compute(measure, w, jax.random.key(seed))
     spectrum = Spectrum(*map(float, found), size=int(size))
-    unrolled = _unrolled(spectrum, rtol)
-    alternatives = [unrolled]
+    by_steps = unrolled(spectrum, rtol)
+    alternatives, found_ways = [by_steps], []
     if not unsolved:
-        alternatives += _tried(compute, w, spectrum, rtol, max_products - int(lower.products))
+        true = truth(compute, w, spectrum, rtol)
+        left = max_products - int(lower.products) - true.spent
+        alternatives += tried(compute, w, spectrum, rtol, left, true)
+        if solver is None:
+            found_ways = ways(compute, w0, spectrum, rtol, max(max_products // 2, 1), true)
     alternatives.sort(key=lambda a: (not a.usable, math.isnan(a.seconds), a.seconds))
     usable = [a for a in alternatives if a.usable]
     fast = [a for a in usable if a.seconds <= _NEAR * usable[0].seconds] or usable
     best = min(fast, key=lambda a: a.memory, default=None)
+    fast_ways = [x for x in found_ways if x.usable]
+    least = min((x.seconds for x in fast_ways), default=0.0)
+    way = next((x for x in fast_ways if x.seconds <= _NEAR * least), None)  # The simplest of these.
+    found_ways.sort(key=lambda x: (not x.usable, math.isnan(x.seconds), x.seconds))
     warnings = _warnings(spectrum, residual, unsolved)
     missing = "the lower level was not solved" if unsolved else "no linear method succeeded"
     if best is None:
         reasons = [f"{missing}, and Phi does not contract (rho(J) = {spectrum.radius:.3g})"]
         if unsolved:
             reasons.append("every method needs a fixed point: start closer, or give your `solver`")
-    elif best.name == _ITD:
+    elif best.name == ITD:
         reasons = [f"{missing} here; it differentiates what your solver computes"]
     else:
         reasons = [
@@ -223,9 +208,12 @@ def recommend(
     return Recommendation(
         best.estimator if best else None,
         best.name if best else _NOTHING,
+        way.solver if way else solver,
+        way.name if way else "yours" if solver else _NOTHING,
         tuple(reasons),
         tuple(warnings),
         tuple(alternatives),
+        tuple(found_ways),
         spectrum.size,
         spectrum.radius,
         spectrum.norm,
@@ -236,166 +224,7 @@ def recommend(
     )
 
 
-_ITD = "itd()"
 _NOTHING = "nothing"
-_DENSE = "aid(dense())"
-
-
-class _On(NamedTuple):
-    """Functions of the problem at any w, compiled once for these functions and shapes."""
-
-    outer: Outer
-    phi: Phi
-    lam: PyTree
-    args: tuple[PyTree, ...]
-    data: dict[str, PyTree]
-
-    def __call__(
-        self,
-        function: Callable[..., PyTree],
-        w: PyTree,
-        *operands: PyTree,
-        options: tuple[Hashable, ...] = (),
-    ) -> PyTree:
-        run = compiled_at("recommend", function, (self.outer, self.phi), *options)
-        return run(w, self.lam, self.args, self.data, *operands)
-
-
-class _Candidate(NamedTuple):
-    """A linear solver, its memory, and when it is tried.
-
-    Attributes:
-        make: The factory, of `max_steps` and `rtol`.
-        memory: Memory in units of w.
-        why: The reason to take it, one clause.
-        products: Products a step.
-        unless: Methods that do the same for less. This one is tried where none of them succeeded.
-    """
-
-    make: Callable[..., LinearSolver]
-    memory: int
-    why: str
-    products: int = 1
-    unless: tuple[Callable[..., LinearSolver], ...] = ()
-
-
-def _candidates(spectrum: Spectrum) -> Iterator[_Candidate]:
-    """The methods that apply."""
-    if spectrum.size <= _DIRECT:
-        yield _Candidate(_direct, spectrum.size, "d is small enough for a direct solve")
-    if spectrum.symmetric and spectrum.definite:
-        yield _Candidate(cg, 5, "J is symmetric and I - J positive definite")
-    if spectrum.radius < 1:
-        yield _Candidate(fp, 2, f"fixed-point steps contract by about {spectrum.radius:.3g}")
-    yield _Candidate(gmres, 34, "right for any invertible I - J", 1, (cg,))
-    why = "right for any invertible I - J, in little memory"
-    yield _Candidate(bicgstab, 8, why, 2, (cg,))
-    yield _Candidate(normal_cg, 5, why, 2, (cg, gmres, bicgstab))
-
-
-def _direct(*, max_steps: int, rtol: Scalar) -> LinearSolver:
-    """`dense`, which has no steps."""
-    del max_steps, rtol
-    return dense()
-
-
-def _reference(*, max_steps: int, rtol: Scalar) -> LinearSolver:
-    """The default solver of certificates, which has its own bound on steps."""
-    del max_steps
-    return krylov(rtol)
-
-
-def _hypergradient(
-    problem: Problem, make: Callable[..., LinearSolver], max_steps: int, rtol: jax.Array
-) -> tuple[PyTree, SolveInfo]:
-    """(∇₂E + Bᵀv, info) with v by one linear solver."""
-    at = problem.adjoint(problem.w)
-    v, info = make(max_steps=max_steps, rtol=rtol)(at.jt, at.b)
-    return at.gradient(v), info
-
-
-def _tried(
-    compute: _On, w: PyTree, spectrum: Spectrum, rtol: float, left: int
-) -> list[Alternative]:
-    """Every method that applies, within `left` products."""
-    make = _direct if spectrum.size <= _DIRECT else _reference
-    reference, info = compute(_hypergradient, w, 1e-3 * rtol, options=(make, _MAX_STEPS))
-    left -= int(info.num_steps)
-    # What may be missed: of the tolerance, and of rounding.
-    eps = resolution((w, partition(compute.lam)[0]))
-    enough = rtol * norm(reference) + COMPUTATION * eps * norm(w)
-    candidates = list(_candidates(spectrum))
-    found: list[Alternative] = []
-    succeeded = set()
-    for i, candidate in enumerate(candidates):
-        if succeeded & set(candidate.unless):
-            continue
-        share = max(left, 0) // (len(candidates) - i)
-        one, spent = _try(compute, w, candidate, spectrum.size, rtol, reference, enough, share)
-        found.append(one)
-        if one.usable:
-            succeeded.add(candidate.make)
-        left -= spent
-    return found
-
-
-def _try(
-    compute: _On,
-    w: PyTree,
-    c: _Candidate,
-    size: int,
-    rtol: float,
-    reference: PyTree,
-    enough: float,
-    share: int,
-) -> tuple[Alternative, int]:
-    """The hypergradient by one method, to the first of some tolerances that gets it right.
-
-    Returns:
-        What came of it, and the products spent.
-    """
-    direct = c.make is _direct
-    max_steps = _MAX_STEPS if direct else max(1, min(_MAX_STEPS, share // c.products))
-    spent = 0
-
-    def solve(rtol: float) -> tuple[PyTree, SolveInfo]:
-        return compute(_hypergradient, w, rtol, options=(c.make, max_steps))
-
-    for tightened in (rtol, 0.1 * rtol, 0.01 * rtol, 1e-3 * rtol):
-        gradient, info = solve(tightened)
-        lost = bool(failed(info))
-        usable = not lost and norm(difference(gradient, reference)) <= enough
-        products = size if direct else c.products * (int(info.num_steps) + 1)
-        spent += products
-        if usable or direct or lost or spent >= share:
-            break
-    if direct:
-        name, solver = _DENSE, dense()
-    else:
-        name = f"aid({c.make.__name__}(max_steps={_MAX_STEPS}, rtol={tightened:g}))"
-        solver = c.make(max_steps=_MAX_STEPS, rtol=tightened)
-    missed = Status(int(info.status)).name if lost else "does not get the gradient right"
-    why = c.why if usable else missed
-    seconds = _least_time(lambda: solve(tightened)) if usable else math.nan
-    return Alternative(name, aid(solver), usable, products, seconds, c.memory, why), spent
-
-
-def _least_time(run: Callable[[], PyTree], most: float = 0.02) -> float:
-    """The least time of a run in seconds, from as many as take `most` together, ten at most."""
-    times: list[float] = []
-    while len(times) < 10 and sum(times) < most:
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def _unrolled(spectrum: Spectrum, rtol: float) -> Alternative:
-    contracts = 0 < spectrum.radius < 1
-    steps = math.ceil(math.log(rtol) / math.log(spectrum.radius)) if contracts else _MAX_STEPS
-    steps = max(steps, 1)
-    why = "reverse mode through a loop of static length; holds all iterates"
-    return Alternative(_ITD, itd(), spectrum.radius < 1, steps, math.nan, steps, why)
 
 
 def _warnings(spectrum: Spectrum, residual: jax.Array, failed: bool) -> list[str]:

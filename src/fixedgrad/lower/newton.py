@@ -67,12 +67,12 @@ def newton(
         w ← w − e,    (I − J) e = w − Φ(w),    J = ∂₁Φ(w, λ).
 
     A linear solver with a tolerance is asked for no more than the step can use (forcing terms): a
-    relative residual of 0.1 far from the solution, of what is left to do near it; never less than its
-    own `rtol`. `dense()` makes it the classical method, for few unknowns. Its preconditioner, where it
-    makes one, is made once, at w₀; in the explicit form the one of the last update serves, if the
-    estimator's linear solver has the same one. Where a step does not
-    shrink ‖F‖, shorter ones are tried, and then steps of Φ itself, as many as the linear solve took
-    products. Φ need not be a contraction.
+    relative residual of 0.5 at first, then of the square of what the last step left of ‖F‖, but of no
+    less than half of what is left to do; never less than its own `rtol`. `dense()` makes it the
+    classical method, for few unknowns. Its preconditioner, where it makes one, is made once, at w₀; in
+    the explicit form the one of the last update serves, if the estimator's linear solver has the same
+    one. Where a step does not shrink ‖F‖, shorter ones are tried, and then steps of Φ itself, as many
+    as the linear solve took products. Φ need not be a contraction.
 
     Assumed, not checked: Φ is continuously differentiable, I − J invertible on the way. Where there are
     several fixed points, Newton's method comes to any of them, saddle points and maxima of a loss too.
