@@ -60,6 +60,7 @@ from .saddle import leads_away
 tree = optax.tree
 
 _MAX_ROUNDS = 20
+_SHARE = 0.7  # Of the tolerance, that both stages are to use.
 
 
 @by_name
@@ -159,10 +160,15 @@ def adaptive_hypergradient(
     check_on_failure(where, on_failure)
 
     def first_round(
-        problem: Problem, solves_with: Plain | Assisted, kept: PyTree, w: PyTree, v: PyTree
+        problem: Problem,
+        solves_with: Plain | Assisted,
+        kept: PyTree,
+        w: PyTree,
+        v: PyTree,
+        last: Certificate | None,
     ) -> _Round:
-        tau = jnp.zeros_like(problem.norm(w))
-        solves = no_solves(tau)
+        zero = jnp.zeros_like(problem.norm(w))
+        solves = no_solves(zero)
         make = functools.partial(solves_with.solver, kept)
 
         def like() -> Certificate:
@@ -178,17 +184,35 @@ def adaptive_hypergradient(
             )
 
         certificate = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(like))
-        zero, false = jnp.int32(0), jnp.asarray(False)
-        spent = Products(zero, zero, zero)
-        return _Round(w, v, tau, tau, solves, certificate, spent, kept, zero, false, false, false)
+        tau_w, tau_v = zero, zero
+        if last is not None:  # What a residual did to the gradient then it will do to this one.
+            tol = jnp.asarray(rtol, zero.dtype) * ratio(last.error, last.relative_error)
+            tol = jnp.maximum(tol.astype(zero.dtype), jnp.asarray(atol, zero.dtype))
+            share = _SHARE / 2 * tol / jnp.asarray(safety, zero.dtype)
+            per_w, per_v = (
+                ratio(part, residual).astype(zero.dtype)
+                for part, residual in (
+                    (last.lower_part, last.residual_w),
+                    (last.linear_part, last.residual_v),
+                )
+            )
+            known = last.valid & (per_w > 0) & (per_v > 0)
+            tau_w = jnp.where(known, ratio(share, per_w), 0.0)
+            tau_v = jnp.where(known, ratio(share, per_v), 0.0)
+        none, false = jnp.int32(0), jnp.asarray(False)
+        spent = Products(none, none, none)
+        return _Round(
+            w, v, tau_w, tau_v, solves, certificate, spent, kept, none, false, false, false
+        )
 
     def one_round(problem: Problem, solves_with: Plain | Assisted, s: _Round) -> _Round:
         norm = problem.norm
         dtype = norm(s.w).dtype
-        # At first to a relative error of w of half the tolerance, and such a residual of v: as a rule
-        # one round will do.
+        # Where no update came before, at first to a relative error of w of half the tolerance, and such
+        # a residual of v: as a rule one round will do.
         goal = jnp.asarray(rtol, dtype)
-        goal = jnp.where(s.rounds == 0, 0.5 * jnp.where(goal > 0, goal, LOOSE), 0.0)
+        unknown = (s.rounds == 0) & (s.tau_w == 0)
+        goal = jnp.where(unknown, 0.5 * jnp.where(goal > 0, goal, LOOSE), 0.0)
         lower = solve_for_w(
             problem, s.w, s.tau_w, solves_with, s.kept, max_products, goal, s.products
         )
@@ -201,8 +225,9 @@ def adaptive_hypergradient(
         )
         make = functools.partial(solves_with.solver, kept)
         p = dual_weighted(problem, w, v, make, LOOSE, solves, split=False, once=False)
-        # A matrix by which these solves fail is one of another system.
-        ended = solve_info(0, p.r_w, status_where(p.solved, Status.CONVERGED, Status.MAX_STEPS))
+        # A matrix by which these solves fail, or take long, is one of another system.
+        ended = status_where(p.solved, Status.CONVERGED, Status.MAX_STEPS)
+        ended = solve_info(p.steps, p.r_w, ended)
         kept = solves_with.used(kept, ended, LOOSE)
         c = estimate_once(problem, p, solves)
         spent = jax.tree.map(jnp.add, spent, c.products)
@@ -233,7 +258,7 @@ def adaptive_hypergradient(
         # already shrinks a little, since the other one's moves. Invalid: come closer and look again.
         a, b = (x.astype(dtype) for x in (p.products.j, p.products.jt))
         theta = jnp.clip(a / (a + b), 0.1, 0.9)
-        share = 0.7 * tol / jnp.asarray(safety, dtype)
+        share = _SHARE * tol / jnp.asarray(safety, dtype)
         share_w, share_v = theta * share, (1 - theta) * share
         shrink_w = jnp.minimum(0.5, share_w / jnp.maximum(certificate.lower_part, share_w))
         shrink_v = jnp.minimum(0.9, share_v / jnp.maximum(certificate.linear_part, share_v))
@@ -265,7 +290,13 @@ def adaptive_hypergradient(
 
     @Compiled
     def solved(
-        memory: PyTree, kept: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
+        memory: PyTree,
+        kept: PyTree,
+        last: Certificate | None,
+        lam: PyTree,
+        /,
+        *args: PyTree,
+        **kwargs: PyTree,
     ) -> tuple[PyTree, HypergradientState]:
         w0, v0 = start.propose(memory)
         v0 = zeros_like_inexact(w0) if v0 is None else v0
@@ -280,7 +311,7 @@ def adaptive_hypergradient(
         fresh = solves_with.start(at)  # Other sizes of data, and it may not be of the same kind.
         alike = jax.tree.structure(kept) == jax.tree.structure(fresh)
         kept = kept if alike else fresh
-        s = first_round(problem, solves_with, kept, at, partition(v0)[0])
+        s = first_round(problem, solves_with, kept, at, partition(v0)[0], last)
         s = lax.while_loop(unfinished, lambda s: one_round(problem, solves_with, s), s)
 
         c = s.certificate
@@ -303,7 +334,8 @@ def adaptive_hypergradient(
         state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, HypergradientState]:
         check_state(state)
-        grad, new = solved(state.memory, state.kept, lam, *args, **kwargs)
+        last = state.certificate._replace(gradient=None, polished=None)  # They may hold functions.
+        grad, new = solved(state.memory, state.kept, last, lam, *args, **kwargs)
         return grad, new._replace(num_updates=state.num_updates + 1)
 
     @Compiled
@@ -311,7 +343,7 @@ def adaptive_hypergradient(
         w0 = started(where, phi, w0, (lam, *args), kwargs)
         v_zero = zeros_like_inexact(w0)
         memory = start.init(w0, v_zero)
-        _, shapes = solved.eval_shape(memory, None, settled_lam(lam, w0), *args, **kwargs)
+        _, shapes = solved.eval_shape(memory, None, None, settled_lam(lam, w0), *args, **kwargs)
         # Not w, v and the memory: they may hold keys, and are known.
         info, certificate, value, kept = blank(
             (shapes.info, shapes.certificate, shapes.value, shapes.kept)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from ..errors import check_number
+from ..leaves import is_inexact
 from ..problem import Problem, compiled_at
 from ..types import LinearSolver, Outer, Phi, PyTree, Scalar, status_of
 from .certificate import Certificate, CertificateStatus, relative, the_pair
@@ -221,6 +222,10 @@ def objected(certificate: Certificate, repels: jax.Array) -> Certificate:
     milder = (CertificateStatus.VALID, CertificateStatus.REMAINDER, CertificateStatus.KINK)
     objection = repels & jnp.any(certificate.status == jnp.array(milder, jnp.int32))
     status = jnp.where(objection, jnp.int32(CertificateStatus.REPELLED), certificate.status)
-    polished = tree.where(objection, certificate.gradient, certificate.polished)
+    polished = jax.tree.map(
+        lambda plain, better: jnp.where(objection, plain, better) if is_inexact(plain) else plain,
+        certificate.gradient,
+        certificate.polished,
+    )
     valid = certificate.valid & ~objection
     return certificate._replace(valid=valid, status=status, polished=polished)

@@ -55,6 +55,7 @@ class Estimate(NamedTuple):
         solves: The `LooseSolves` of this pass.
         seen: Those that they are to be compared with: those before, or its own first stages.
         products: The `Products` that it cost.
+        steps: Those of the linear solver in one stage of the solve for e_w.
         solved: Whether the loose solves succeeded.
     """
 
@@ -76,6 +77,7 @@ class Estimate(NamedTuple):
     solves: LooseSolves
     seen: LooseSolves
     products: Products
+    steps: jax.Array
     solved: jax.Array
 
     @property
@@ -194,8 +196,10 @@ def dual_weighted(
     # Φ is linearised once; ∇L, its tangent (J and the second derivative), and Bᵀ for each part.
     products = Products(
         one,
-        of_w_solve.products + one,
-        jnp.sum(of_v_solves.products, dtype=jnp.int32) + 3 * one + jnp.asarray(split, jnp.int32),
+        of_w_solve.products(once) + one,
+        jnp.sum(of_v_solves.products(once), dtype=jnp.int32)
+        + 3 * one
+        + jnp.asarray(split, jnp.int32),
     )
     noise_v = eps * (of_b + 2 * size_a * of_v)
     # A right-hand side that is rounding has parts along all singular vectors of A: how much a solve
@@ -234,6 +238,7 @@ def dual_weighted(
         solves,
         seen,
         products,
+        of_w_solve.steps // jnp.maximum(of_w_solve.stages, 1),
         ~(of_w_solve.lost | jnp.any(of_v_solves.lost)),
     )
 

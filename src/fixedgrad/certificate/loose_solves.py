@@ -67,7 +67,7 @@ class LooseSolve(NamedTuple):
         amplification: The largest ‖A⁻¹r‖/‖r‖ of the stages.
         at_first: That of the first.
         left: The residual norm that the last one was allowed to leave.
-        products: What it cost.
+        steps: Those of the linear solver, in all.
         lost: Whether one failed.
         stages: How many there were.
     """
@@ -77,9 +77,13 @@ class LooseSolve(NamedTuple):
     amplification: jax.Array
     at_first: jax.Array
     left: jax.Array
-    products: jax.Array
+    steps: jax.Array
     lost: jax.Array
     stages: jax.Array
+
+    def products(self, once: bool) -> jax.Array:
+        """What it cost: a step each, and one for the residual of each stage where there may be two."""
+        return self.steps + (0 if once else self.stages)
 
 
 def loosely(
@@ -116,7 +120,7 @@ def loosely(
             jnp.maximum(s.amplification, gain),
             jnp.where(s.stages == 0, gain, s.at_first),
             rtol * before,
-            s.products + info.num_steps + jnp.int32(not once),
+            s.steps + info.num_steps,
             s.lost | failed(info),
             s.stages + 1,
         )

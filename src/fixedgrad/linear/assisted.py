@@ -88,7 +88,7 @@ class Assistance(NamedTuple):
 
     Attributes:
         inverse: P = (I − J)⁻¹ of a system nearby, in the real form.
-        spent: Steps since there was none.
+        spent: Steps since it was made, or since the beginning.
     """
 
     inverse: Known
@@ -149,8 +149,7 @@ class Assisted(NamedTuple):
         enough = 2 + jnp.log(rtol) / math.log(_CONTRACTION)
         ready = kept.inverse.ready
         good = ready & ~failed(info) & (info.num_steps.astype(rtol.dtype) <= enough)
-        spent = jnp.where(ready, 0, kept.spent + info.num_steps)
-        return Assistance(kept.inverse._replace(ready=good), spent)
+        return Assistance(kept.inverse._replace(ready=good), kept.spent + info.num_steps)
 
     def forgotten(self, kept: Assistance, lost: jax.Array) -> Assistance:
         """As in `Plain`."""

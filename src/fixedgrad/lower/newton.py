@@ -359,8 +359,8 @@ def solve_for_w(
     phi = problem.equation.phi
 
     def judge(w: PyTree, image: PyTree, amplification: jax.Array) -> Measured:
-        tolerance = jnp.maximum(tau, goal * norm(image) / jnp.maximum(amplification, 1.0))
-        size = norm(tree.sub(w, image))
+        size, amplification = norm(tree.sub(w, image)), jnp.maximum(amplification, 1.0)
+        tolerance = jnp.maximum(tau, goal * norm(image) / amplification.astype(size.dtype))
         return Measured(size, tolerance, floor * norm(w), jnp.asarray(False))
 
     def contracts(c: _Steps) -> jax.Array:
