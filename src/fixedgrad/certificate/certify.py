@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 
 from ..errors import check_number
-from ..leaves import is_inexact
 from ..problem import Problem, compiled_at
 from ..types import LinearSolver, Outer, Phi, PyTree, Scalar, status_of
 from .certificate import Certificate, CertificateStatus, relative, the_pair
@@ -223,7 +222,9 @@ def objected(certificate: Certificate, repels: jax.Array) -> Certificate:
     objection = repels & jnp.any(certificate.status == jnp.array(milder, jnp.int32))
     status = jnp.where(objection, jnp.int32(CertificateStatus.REPELLED), certificate.status)
     polished = jax.tree.map(
-        lambda plain, better: jnp.where(objection, plain, better) if is_inexact(plain) else plain,
+        lambda plain, better: (
+            jnp.where(objection, plain, better) if isinstance(plain, jax.Array) else plain
+        ),
         certificate.gradient,
         certificate.polished,
     )
