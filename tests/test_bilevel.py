@@ -839,7 +839,7 @@ def test_an_adaptive_hypergradient_follows_the_exact_descent_within_its_toleranc
     # Later updates start from the w and v of the last one: as far as λ moves here they cost about as
     # much as the first, from a cold start.
     products = history.lower_steps + history.linear_steps
-    assert np.all(products[1:] <= 1.2 * products[0])
+    assert np.all(10 * products[1:] <= 12 * products[0])
 
 
 def _with_data(w, lam, shift, *, scale):
