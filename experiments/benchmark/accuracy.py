@@ -173,8 +173,8 @@ def summarised(name: str, rows: list[dict[str, Any]]) -> list[Summary]:
     summaries = []
     for goal in sorted({r["goal"] for r in rows} - {0.0}, reverse=True):
         # JSON has no infinity: what ran away has no error there.
-        at = [r for r in rows if r["goal"] == goal and (r["error"] or 0.0) <= goal]
-        at = [r for r in at if r["error"] is not None]
+        at = [r for r in rows if r["goal"] == goal and r["error"] is not None]
+        at = [r for r in at if r["error"] <= goal]
         ours = [r for r in at if r["library"] == OURS]
         summaries.append(
             Summary(

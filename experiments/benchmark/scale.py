@@ -101,7 +101,8 @@ def _exponent(sizes: list[int], values: list[float]) -> float:
     return float(np.polyfit(np.log(sizes[half:]), np.log(values[half:]), 1)[0])
 
 
-def _sizes(what: str, shapes: list[tuple[int, int]]) -> list[int]:
+def sizes_of(what: str, shapes: list[tuple[int, int]]) -> list[int]:
+    """What grows, of shapes (n, d)."""
     return [n if what == "n" else d for n, d in shapes]
 
 
@@ -177,7 +178,7 @@ def collectives_in_loop(text: str) -> int:
 def _checked(shapes: Any, found: Any, devices: list[dict[str, Any]]) -> report.Claims:
     claims = report.Claims()
     for what, rows in found.items():
-        sizes = _sizes(what, shapes[what])
+        sizes = sizes_of(what, shapes[what])
         in_time, in_memory = (_exponent(sizes, rows[key]) for key in ("seconds", "bytes"))
         claims.check(
             f"{what} up to {sizes[-1]}: memory grows like its first power",
@@ -208,7 +209,7 @@ def _checked(shapes: Any, found: Any, devices: list[dict[str, Any]]) -> report.C
 def _table(shapes: Any, found: Any) -> str:
     rows = []
     for what, of in found.items():
-        sizes = _sizes(what, shapes[what])
+        sizes = sizes_of(what, shapes[what])
         for size, seconds, taken in zip(sizes, of["seconds"], of["bytes"], strict=True):
             rows.append([f"{what} = {size}", f"{1e3 * seconds:.3g}", f"{taken / 1e3:.4g}"])
         exponents = (f"{_exponent(sizes, of[key]):.2f}" for key in ("seconds", "bytes"))
@@ -231,7 +232,7 @@ def _table_of_devices(devices: list[dict[str, Any]]) -> str:
 def _draw(options: argparse.Namespace, shapes: Any, found: Any) -> None:
     with report.figure(options.out / "scale.png", columns=3, size=(8.4, 3.2)) as (_, axes):
         for panel, (what, rows) in zip(axes[0], found.items(), strict=True):
-            sizes, seconds = _sizes(what, shapes[what]), np.array(rows["seconds"])
+            sizes, seconds = sizes_of(what, shapes[what]), np.array(rows["seconds"])
             panel.plot(sizes, 1e3 * seconds, "o-", color="#007a55", label="measured")
             line = 1e3 * seconds[-1] * np.array(sizes) / sizes[-1]
             panel.plot(sizes, line, ":", color="0.4", label="∝ size")

@@ -7,7 +7,7 @@ equilibrium model).
 """
 
 import argparse
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +138,7 @@ def _measure(
     solve = fg.fixed_point(phi, estimator)(lambda w0, *_: w0)
     gradient = jax.jit(jax.grad(lambda lam, w: outer(solve(w, lam), lam)))
     result = np.asarray(ravel_pytree(gradient(lam, w))[0])
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        jax.block_until_ready(gradient(lam, w))
-        times.append(time.perf_counter() - start)
-    return result, min(times)
+    return result, _least_time(lambda: gradient(lam, w))
 
 
 def _measure_way(
@@ -153,7 +148,12 @@ def _measure_way(
     run = jax.jit(solver)
     gradient, _ = _measure(fg.aid(fg.dense()), outer, phi, run(w0, lam), lam)
     error = float(np.linalg.norm(gradient - exact) / np.linalg.norm(exact))
-    return error, min(seconds_of(lambda: jax.block_until_ready(run(w0, lam))) for _ in range(20))
+    return error, _least_time(lambda: run(w0, lam))
+
+
+def _least_time(run: Callable[[], Any]) -> float:
+    """Of twenty runs, in seconds."""
+    return min(seconds_of(lambda: jax.block_until_ready(run())) for _ in range(20))
 
 
 def _short(name: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..benchmark.accuracy import summarised
 from ..benchmark.contestants import OURS
+from ..benchmark.scale import sizes_of
 from ..paper.published import PAPER
 from .report import METHODS
 
@@ -399,7 +400,7 @@ def _scale() -> str:
     results, volatile = _read("benchmark/scale/results")
     rows = []
     for what, seconds in volatile["seconds"].items():
-        sizes = [n if what == "n" else d for n, d in results["shapes"][what]]
+        sizes = sizes_of(what, results["shapes"][what])
         for size, s, taken in zip(sizes, seconds, results["bytes"][what], strict=True):
             rows.append([f"{what} = {size:,}", _digits(1e3 * s), _digits(taken / 1e3)])
     return _markdown(("", "ms", "temporary kB"), rows)

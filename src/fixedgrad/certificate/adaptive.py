@@ -159,6 +159,10 @@ def adaptive_hypergradient(
     check_start(f"`start` of `{where}`", start)
     check_on_failure(where, on_failure)
 
+    def tolerance(size: jax.Array) -> jax.Array:
+        """On a hypergradient of this norm."""
+        return jnp.maximum(jnp.asarray(rtol, size.dtype) * size, jnp.asarray(atol, size.dtype))
+
     def first_round(
         problem: Problem,
         solves_with: Plain | Assisted,
@@ -186,9 +190,8 @@ def adaptive_hypergradient(
         certificate = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(like))
         tau_w, tau_v = zero, zero
         if last is not None:  # What a residual did to the gradient then it will do to this one.
-            tol = jnp.asarray(rtol, zero.dtype) * ratio(last.error, last.relative_error)
-            tol = jnp.maximum(tol.astype(zero.dtype), jnp.asarray(atol, zero.dtype))
-            share = _SHARE / 2 * tol / jnp.asarray(safety, zero.dtype)
+            size = ratio(last.error, last.relative_error).astype(zero.dtype)
+            share = _SHARE / 2 * tolerance(size) / jnp.asarray(safety, zero.dtype)
             per_w, per_v = (
                 ratio(part, residual).astype(zero.dtype)
                 for part, residual in (
@@ -232,9 +235,7 @@ def adaptive_hypergradient(
         c = estimate_once(problem, p, solves)
         spent = jax.tree.map(jnp.add, spent, c.products)
         certificate = assess(problem, c, None, safety)
-        tol = jnp.maximum(
-            jnp.asarray(rtol, dtype) * norm(certificate.polished), jnp.asarray(atol, dtype)
-        )
+        tol = tolerance(norm(certificate.polished).astype(dtype))
         met = certificate.valid & (certificate.error <= tol)
         # Where ∇f = 0 no relative tolerance can be met, as what is left is the rounding of the terms
         # that cancel: ∇₂E, Bᵀv, and what w adds to them. It is to be small relative to these.
