@@ -852,30 +852,69 @@ def test_a_preconditioner_for_j_is_transposed_where_the_system_is_that_of_its_tr
     assert set(seen) == {1}
 
 
+def watched_inverse():
+    """`inverse()`, and a list that grows when a program makes one."""
+    built, made = [], fg.inverse()
+
+    def build(product, like, space):
+        jax.debug.callback(lambda: built.append(1))
+        return made.build(product, like, space)
+
+    return made._replace(build=build), built
+
+
+def newton_with(preconditioner, phi):
+    linear_solver = fg.gmres(max_steps=20, preconditioner=preconditioner)
+    return fg.newton(phi, max_steps=30, rtol=1e-10, linear_solver=linear_solver)
+
+
 def test_newton_makes_its_preconditioner_once():
-    products = []
     problem = PROBLEM["nonlinear"]
-
-    def counted(u):
-        jax.debug.callback(lambda: products.append(1))
-        return u
-
-    phi = problem.phi
-    made = fg.inverse()
-    watched = made._replace(
-        build=lambda product, like, space: counted(made.build(product, like, space))
-    )
-    solver = fg.newton(
-        phi,
-        max_steps=30,
-        rtol=1e-10,
-        linear_solver=fg.gmres(max_steps=20, preconditioner=watched),
-    )
-    w, info = solver.with_info(problem.w0, problem.lam)
+    watched, built = watched_inverse()
+    w, info = newton_with(watched, problem.phi).with_info(problem.w0, problem.lam)
     jax.effects_barrier()
-    assert len(products) == 1
+    assert len(built) == 1
     assert int(info.num_steps) > 1
     assert_close(w, problem.solution(problem.lam), 1e-8)
+
+
+@pytest.mark.parametrize("rule", [lambda e: e, fg.forward], ids=["reverse", "forward"])
+def test_what_newton_and_the_derivative_both_name_is_made_once(rule):
+    problem = PROBLEM["nonlinear"]
+    watched, built = watched_inverse()
+
+    def gradient(preconditioner, lam, rtol=1e-10):
+        linear_solver = fg.gmres(max_steps=20, rtol=rtol, preconditioner=preconditioner)
+        estimator = rule(fg.aid(linear_solver))
+        solve = fg.fixed_point(problem.phi, estimator)(newton_with(watched, problem.phi))
+        return jax.grad(lambda lam: problem.outer(solve(problem.w0, lam), lam))(lam)
+
+    def makes(function, *args):
+        built.clear()
+        out = jax.block_until_ready(function(*args))
+        jax.effects_barrier()
+        return out, len(built)
+
+    exact = problem.gradient(problem.lam)
+    grad, count = makes(gradient, watched, problem.lam)
+    assert count == 1
+    assert_close(grad, exact, 1e-8)
+    grad, count = makes(gradient, watched_inverse()[0], problem.lam)  # Equal, but not the same.
+    assert count == 1
+    assert_close(grad, exact, 1e-8)
+    # Where the estimator closes over a tracer, under `jit`; each element of a batch its own.
+    grad, count = makes(jax.jit(lambda lam, rtol: gradient(watched, lam, rtol)), problem.lam, 1e-10)
+    assert count == 1
+    assert_close(grad, exact, 1e-8)
+    lams = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), problem.lam)
+    grads = jax.vmap(lambda lam: gradient(watched, lam))(lams)
+    for i in range(2):
+        lam = jax.tree.map(lambda x: x[i], lams)  # noqa: B023
+        assert_close(jax.tree.map(lambda x: x[i], grads), problem.gradient(lam), 1e-8)  # noqa: B023
+    # The preconditioner is constant: what it is made of is not differentiated.
+    second = jax.jacfwd if rule is fg.forward else jax.jacrev
+    hessian = second(lambda lam: gradient(watched, lam))(problem.lam)
+    assert_close(hessian, jax.jacfwd(problem.gradient)(problem.lam), 1e-7)
 
 
 @pytest.mark.parametrize("make", [fg.cg, fg.gmres, fg.bicgstab, fg.normal_cg])

@@ -403,8 +403,15 @@ def test_the_tolerance_of_newtons_linear_solver_follows_the_step():
     assert float(loose.residual) <= 0.1 * float(jnp.linalg.norm(LAM))
     # Never tighter than it was made, and another's solver or an exact number of steps is left alone.
     assert float(loosened(inner, jnp.asarray(1e-12))(lambda u: 0.5 * u, LAM)[1].tolerance) > 1e-9
-    for left in (watched, fg.cg(num_steps=3), fg.dense()):
+    for left in (watched, fg.cg(num_steps=3)):
         assert loosened(left, 0.1) is left
+    # What judges by more than its residual is spared that: the step has a judge of its own.
+    singular, rhs = jnp.zeros((4, 4)).at[0, 0].set(1.0), jnp.array([0.0, 1.0, 2.0, 3.0])
+    _, info = fg.dense()(lambda u: singular @ u, rhs)
+    _, unjudged = loosened(fg.dense(), 0.1)(lambda u: singular @ u, rhs)
+    assert (int(info.status), int(unjudged.status)) == (Status.SINGULAR, Status.CONVERGED)
+    a, b = (s(lambda u: like(A, u) @ u, LAM)[0] for s in (fg.dense(), loosened(fg.dense(), 0.1)))
+    assert_close(a, b, 1e-14)
 
 
 def test_broyden_first_steps_are_those_of_the_dense_formula():

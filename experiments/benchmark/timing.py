@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+_SETTLING = 0.04  # Seconds of calls in a turn that are not counted, one at least.
+_CALLS = 3  # In a turn that are, if they are fast.
+
 
 class Measured(NamedTuple):
     """What one compiled function is and takes, apart from its running time."""
@@ -34,8 +37,19 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 
 def interleaved(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, np.ndarray]:
-    """Seconds of each function in each round."""
-    for run in runs.values():
-        run()
-    taken = [{name: seconds_of(run) for name, run in runs.items()} for _ in range(rounds)]
-    return {name: np.array([r[name] for r in taken]) for name in runs}
+    """Seconds of each function in each round, the order drawn anew in each.
+
+    LAPACK's threads go on spinning for some 30 ms after a call, and slow down whoever comes next on two
+    cores; the caches are those of the last one, too. So a turn begins with calls that do not count.
+    """
+    names, rng = list(runs), np.random.default_rng(0)
+    taken: dict[Any, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for i in rng.permutation(len(names)):
+            settled, counted = 0.0, []
+            while settled < _SETTLING:
+                settled += seconds_of(runs[names[i]])
+            while sum(counted) < _SETTLING and len(counted) < _CALLS:
+                counted.append(seconds_of(runs[names[i]]))
+            taken[names[i]].append(float(np.median(counted)))
+    return {name: np.array(seconds) for name, seconds in taken.items()}

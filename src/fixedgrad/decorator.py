@@ -28,7 +28,8 @@ from .leaves import (
     zero_tangent,
 )
 from .linear.implicit import STAGE, implicit_solve, linear_solve
-from .lower import held_to_phi, iterates, solve_with_info
+from .linear.system import Reusable
+from .lower import held_to_phi, iterates, sharing, solve_with_info
 from .problem import Equation, precise
 from .signatures import same_arguments
 from .types import (
@@ -168,15 +169,20 @@ def fixed_point(
     def decorate(solver: Solver) -> Decorated:
         check_callable("fixed_point", "solver", solver, "solver(w0, *args) -> w")
         check = same_arguments("fixed_point", phi, solver)
+        reusable = None
+        if isinstance(estimator, Implicit):
+            reusable = Reusable.of(estimator.linear_solver)
 
         def call(informed: bool, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
             if isinstance(estimator, Unrolled):
                 w, aux, info = _run(solver, has_aux, w0, args, kwargs)
                 check_phi("fixed_point", phi, w, SOLVED, args, kwargs)
             else:
-                run = functools.partial(_run, solver, has_aux)
+                run = functools.partial(_run_sharing, solver, has_aux, reusable)
                 judged = not iterates(solver, phi)
-                w, aux, info = _implicit(phi, run, judged, estimator, on_failure, w0, args, kwargs)
+                w, aux, info = _implicit(
+                    phi, run, judged, estimator, reusable, on_failure, w0, args, kwargs
+                )
             aux, info = lax.stop_gradient((aux, info))
             if not informed:  # Who gets the info decides by it.
                 w = enforce_value(on_failure, "lower-level solve", info, w)
@@ -210,9 +216,10 @@ def fixed_point(
 
 def _implicit(
     phi: Phi,
-    run: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree, SolveInfo | None]],
+    run: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree, SolveInfo | None, PyTree]],
     judged: bool,
     estimator: Implicit,
+    reusable: Reusable | None,
     on_failure: OnFailure,
     w0: PyTree,
     args: PyTree,
@@ -227,9 +234,10 @@ def _implicit(
 
     Args:
         phi: Φ.
-        run: `(w0, args, kwargs) -> (w, aux, info)`, the solver.
+        run: `(w0, args, kwargs) -> (w, aux, info, state)`, the solver.
         judged: Whether w is to be held to Φ, since the solver may not have been.
         estimator: Whose rule it is.
+        reusable: Its linear solver, where the solver may have made the `state` of its preconditioner.
         on_failure: The policy of solves for derivatives.
         w0: The start.
         args: The arguments after it.
@@ -253,11 +261,11 @@ def _implicit(
 
     def run_packed(w0: PyTree, x: PyTree, rest: PyTree) -> tuple[PyTree, PyTree]:
         given, _, closure = join(x, rest)
-        w, aux, info = solver.function(w0, *given, *closure)
+        w, aux, info, state = solver.function(w0, *given, *closure)
         w_x, w_rest, _ = partition(w)
         if judged:
             info = held_to_phi(equation(rest, w_rest), partition(w0)[0], w_x, x, info)
-        return w_x, (w_rest, aux, info)
+        return w_x, ((w_rest, state), aux, info)
 
     def equation(rest: PyTree, w_rest: PyTree) -> Equation:
         def packed(w_x: PyTree, x: PyTree) -> PyTree:
@@ -266,21 +274,35 @@ def _implicit(
 
         return Equation(packed, by_residual, image.jaxpr)
 
-    solve = functools.partial(implicit_solve, on_failure)
+    def sharing_solver(linear_solver: LinearSolver, state: PyTree) -> LinearSolver:
+        """The linear solver, with the preconditioner that was made on the way to w."""
+        if reusable is None or state is None or linear_solver is not reusable.linear_solver:
+            return linear_solver
+        return reusable.using(lax.stop_gradient(state), transposed=True)
 
-    def solve_linearly(
-        linear_solver: LinearSolver, matvec: MatVec, b: PyTree
-    ) -> tuple[PyTree, SolveInfo]:
-        unknown = solve_info(0, jnp.zeros(()), 0)
-        return linear_solve(on_failure, linear_solver, matvec, b), unknown
+    def pull_at(w: PyTree, x: PyTree, rest: PyTree, found: PyTree, w_bar: PyTree) -> PyTree:
+        w_rest, state = found
 
-    def pull_at(w: PyTree, x: PyTree, rest: PyTree, w_rest: PyTree, w_bar: PyTree) -> PyTree:
+        def solve(
+            linear_solver: LinearSolver, matvec: MatVec, b: PyTree
+        ) -> tuple[PyTree, SolveInfo]:
+            return implicit_solve(on_failure, sharing_solver(linear_solver, state), matvec, b)
+
         back = estimator.vjp(equation(rest, w_rest), w, x, w_bar, solve)
         return enforce(on_failure, STAGE, back.info, back.x_bar)
 
-    def push_at(w: PyTree, x: PyTree, rest: PyTree, w_rest: PyTree, x_dot: PyTree) -> PyTree:
+    def push_at(w: PyTree, x: PyTree, rest: PyTree, found: PyTree, x_dot: PyTree) -> PyTree:
+        w_rest, state = found
+
+        def solve(
+            linear_solver: LinearSolver, matvec: MatVec, b: PyTree
+        ) -> tuple[PyTree, SolveInfo]:
+            linear_solver = sharing_solver(linear_solver, state)
+            unknown = solve_info(0, jnp.zeros(()), 0)
+            return linear_solve(on_failure, linear_solver, matvec, b), unknown
+
         with no_custom_vjp(_FORWARD_PHI):
-            return estimator.jvp(equation(rest, w_rest), w, x, x_dot, solve_linearly)
+            return estimator.jvp(equation(rest, w_rest), w, x, x_dot, solve)
 
     pull: Callable[..., PyTree] = pull_at
     push: Callable[..., PyTree] = push_at
@@ -288,9 +310,10 @@ def _implicit(
     if closes_over_tracers(estimator):
         # A rule runs when JAX comes to it, maybe after the trace that it closes over has ended.
         w_x, w_rest, _ = partition(w_like)
+        found = w_rest, solver.shapes[3]
         converted = (
-            closure_converted(pull_at, w_x, x, rest, w_rest, w_x),
-            closure_converted(push_at, w_x, x, rest, w_rest, x),
+            closure_converted(pull_at, w_x, x, rest, found, w_x),
+            closure_converted(push_at, w_x, x, rest, found, x),
         )
         pull, push = (c.function for c in converted)
         held = lax.stop_gradient((converted[0].values, converted[1].values))
@@ -300,29 +323,28 @@ def _implicit(
         del held
         return run_packed(w0, x, rest)  # Never differentiated.
 
+    def refined(w: PyTree, x: PyTree, rest: PyTree, extra: PyTree) -> PyTree:
+        return estimator.refine(equation(rest, extra[0][0]), w, x)
+
     def solved(w0: PyTree, x: PyTree, rest: PyTree, held: PyTree) -> tuple[PyTree, PyTree]:
         w, extra = implicit(w0, x, rest, held)
-        return estimator.refine(equation(rest, extra[0]), w, x), extra
+        return refined(w, x, rest, extra), extra
 
     def fwd(w0: PyTree, x: PyTree, rest: PyTree, held: PyTree) -> Any:
         w, extra = implicit(w0, x, rest, held)
-        refined = estimator.refine(equation(rest, extra[0]), w, x)
-        return (refined, extra), (w, x, rest, extra[0], held)
+        return (refined(w, x, rest, extra), extra), (w, x, rest, extra[0], held)
 
     def bwd(kept: Any, bars: Any) -> Any:
         *at, (held_pull, _) = kept
         return None, pull(*at, bars[0], *held_pull), None, None
 
-    def forward_rule(
-        function: Callable[..., tuple[PyTree, PyTree]], primals: Any, tangents: Any
-    ) -> Any:
+    def forward_rule(refine: Callable[..., PyTree], primals: Any, tangents: Any) -> Any:
         (_, x, rest, (_, held_push)), (_, x_dot, *_) = primals, tangents
-        out, extra = function(*primals)
-        w = implicit(*primals)[0]
+        w, extra = implicit(*primals)
         w_dot = push(w, x, rest, extra[0], x_dot, *held_push)
-        return (out, extra), (w_dot, zero_tangent(extra))
+        return (refine(w, x, rest, extra), extra), (w_dot, zero_tangent(extra))
 
-    implicit.defjvp(functools.partial(forward_rule, implicit))
+    implicit.defjvp(functools.partial(forward_rule, lambda w, *_: w))
 
     # JAX runs the `bwd` of a `custom_vjp` outside a `vmap` within which it differentiates, where the
     # name of its axis is not bound any more. The transpose of a `custom_jvp` does not need the name.
@@ -330,13 +352,29 @@ def _implicit(
     in_batch = any(hasattr(effect, "name") for effect in effects) and not within_shard_map()
     if estimator.every_mode or in_batch:
         apply = jax.custom_jvp(solved)
-        apply.defjvp(functools.partial(forward_rule, solved))
+        apply.defjvp(functools.partial(forward_rule, refined))
     else:
         apply = jax.custom_vjp(solved)
         apply.defvjp(fwd, bwd)
 
-    w_x, (w_rest, aux, info) = apply(w0, x, rest, held)
+    w_x, ((w_rest, _), aux, info) = apply(w0, x, rest, held)
     return join_w(w_x, w_rest), aux, info
+
+
+def _run_sharing(
+    solver: Solver,
+    has_aux: bool,
+    reusable: Reusable | None,
+    w0: PyTree,
+    args: PyTree,
+    kwargs: PyTree,
+) -> tuple[PyTree, PyTree, SolveInfo | None, PyTree]:
+    """`_run`, and the state of the preconditioner that the solver shares with the estimator."""
+    shared = None if has_aux else sharing(solver, reusable)
+    if shared is None:
+        return *_run(solver, has_aux, w0, args, kwargs), None
+    w, info, state = shared(None, w0, args, kwargs)
+    return w, (), info, state
 
 
 def _run(

@@ -24,7 +24,7 @@ from .leaves import (
 )
 from .linear.implicit import STAGE, implicit_solve
 from .linear.system import Kept, Reusable
-from .lower import CheckedSolver, exact_steps_info, held_to_phi, iterates, solve_with_info
+from .lower import exact_steps_info, held_to_phi, iterates, sharing, solve_with_info
 from .mapped_axes import placed_like, run_if
 from .printing import count, member, number, printed, record, shapes_in, values_of
 from .problem import Problem
@@ -187,16 +187,13 @@ def hypergradient(
     implicit = None if isinstance(estimator, Unrolled) else estimator
     reusable = None if implicit is None else Reusable.of(implicit.linear_solver)
     # One preconditioner for both stages, where they name the same: made for v, used on the way to w.
-    shared = None
-    if reusable is not None and isinstance(solver, CheckedSolver) and solver.preconditioned:
-        preconditioner, solve_sharing = solver.preconditioned
-        shared = solve_sharing if preconditioner is reusable.preconditioner else None
+    shared = sharing(solver, reusable)
 
     def solve_lower(
         kept: Kept | None, w0: PyTree, lam: PyTree, args: tuple[PyTree, ...], kwargs: dict
     ) -> tuple[PyTree, SolveInfo | None]:
         if kept is not None and shared is not None:
-            return shared(kept, w0, (lam, *args), kwargs)
+            return shared(kept, w0, (lam, *args), kwargs)[:2]
         return solve_with_info(solver, w0, lam, *args, **kwargs)
 
     @Compiled

@@ -1,5 +1,6 @@
 """A direct solve of (I − M) x = b, `dense`, and the solvers of lineax."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,10 +10,11 @@ from jax.flatten_util import ravel_pytree
 from ..errors import check_count, show
 from ..printing import printed
 from ..real_form import COMPUTATION, norm, random_signs
-from ..types import LinearSolver, MatVec, PyTree, SolveInfo, Status, status_where
-from .elimination import eliminated, solved
+from ..types import LinearSolver, MatVec, PyTree, SolveInfo, Status, solve_info, status_where
+from .elimination import Factors, eliminated, solved
 from .preconditioner import Preconditioner, materialised
 from .system import System, linear_solver, tree
+from .tunable import Tunable
 
 
 @printed
@@ -50,7 +52,10 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
     check_count("dense", "max_size", max_size)
     check_count("dense", "block_size", block_size)
 
-    def solve(system: System) -> tuple[PyTree, SolveInfo]:
+    def eliminated_beside(
+        system: System, beside: Callable[[jax.Array], list[jax.Array]]
+    ) -> tuple[jax.Array, Factors, Callable[[jax.Array], PyTree]]:
+        """A, its elimination with b and what is `beside`, and how a column is a pytree."""
         b, unravel = ravel_pytree(system.b)
         if b.size > max_size:
             raise ValueError(
@@ -58,7 +63,10 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
                 f"`max_size`={max_size}; use `cg`, `gmres` or `fp`, or raise `max_size`."
             )
         matrix = materialised(system.product, b, unravel, block_size)
-        done = eliminated(matrix, jnp.stack([b, random_signs(b)], axis=1))
+        return matrix, eliminated(matrix, jnp.stack([b, *beside(b)], axis=1)), unravel
+
+    def solve(system: System) -> tuple[PyTree, SolveInfo]:
+        matrix, done, unravel = eliminated_beside(system, lambda b: [random_signs(b)])
         solution = solved(done)
         x, u = solution.T
         # Here b is of usual size, and so is what can be told from x and u; else these are infinite.
@@ -78,7 +86,15 @@ def dense(*, max_size: int = 4096, block_size: int = 128) -> LinearSolver:
         status = status_where(singular, Status.SINGULAR, Status.CONVERGED)
         return x, system.fixed(1, x, status, residual)
 
-    return linear_solver("dense", solve, direct=True)
+    def step(system: System) -> tuple[PyTree, SolveInfo]:
+        _, done, unravel = eliminated_beside(system, lambda _: [])
+        return unravel(solved(done)[:, 0]), solve_info(
+            1, jnp.zeros_like(system.norm), Status.CONVERGED
+        )
+
+    options = {"max_size": max_size, "block_size": block_size}
+    judged, unjudged = (linear_solver("dense", f, direct=True) for f in (solve, step))
+    return Tunable(judged, dense, options, unjudged)
 
 
 @printed

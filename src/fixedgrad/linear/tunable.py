@@ -22,12 +22,15 @@ class Tunable:
         solve: The solver itself.
         factory: What made it.
         options: With which options.
+        unjudged: The same without a verdict, which may cost as much as the solve, for steps that their
+            own residual judges; `None` where it is the same.
         name: How it prints: as the call that made it.
     """
 
     solve: LinearSolver
     factory: Callable[..., LinearSolver]
     options: dict[str, Any]
+    unjudged: LinearSolver | None = None
     name: str = "Tunable(...)"
 
     def __repr__(self) -> str:
@@ -54,11 +57,14 @@ def tunable(factory: Factory) -> Factory:
 
 
 def loosened(linear_solver: LinearSolver, rtol: Scalar) -> LinearSolver:
-    """The solver, stopping at a relative residual of `rtol` if its own tolerance is tighter.
+    """The solver for a step that need not be more accurate than `rtol`, and is judged by its result.
 
-    One without a tolerance, or of the user's own, is left as it is.
+    A tolerance that is tighter gives way, and so does a verdict. A solver of the user's own is left as
+    it is.
     """
-    if not (isinstance(linear_solver, Tunable) and linear_solver.options.get("max_steps")):
+    if not isinstance(linear_solver, Tunable):
         return linear_solver
+    if not linear_solver.options.get("max_steps"):
+        return linear_solver.unjudged or linear_solver
     own = linear_solver.options.get("rtol", 0.0)
     return linear_solver.replaced(rtol=jnp.maximum(rtol, jnp.asarray(own, jnp.result_type(rtol))))

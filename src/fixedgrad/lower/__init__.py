@@ -23,4 +23,5 @@ from .solver import CheckedSolver as CheckedSolver
 from .solver import exact_steps_info as exact_steps_info
 from .solver import held_to_phi as held_to_phi
 from .solver import iterates as iterates
+from .solver import sharing as sharing
 from .solver import solve_with_info as solve_with_info

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from ..compiled import Compiled
 from ..errors import check_callable, check_count
@@ -23,7 +22,7 @@ from ..linear import gmres
 from ..linear.assisted import WORTHWHILE, Assisted, Plain
 from ..linear.system import Kept, Reusable
 from ..linear.tunable import loosened
-from ..mapped_axes import run_if, steady
+from ..mapped_axes import packed_loop, run_if
 from ..printing import printed
 from ..problem import Equation, Problem
 from ..real_form import LAST_DIGITS, ratio, real_dtype, resolution
@@ -118,24 +117,22 @@ def newton(
 
     def solve_with(
         kept: Kept | None, w0: PyTree, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
-    ) -> tuple[PyTree, SolveInfo]:
+    ) -> tuple[PyTree, SolveInfo, PyTree]:
         w0 = started("newton", phi, w0, args, kwargs)
         equation = Equation.of("newton", phi, w0, (), lambda _: (args, kwargs), "`w0`")
         w_x, w_rest, join = partition(w0)
         lower = Lower(lambda w: equation.phi(w, ()), w_x, equation.space(w_x))
         if not jax.tree.leaves(w_x):  # Nothing to solve.
-            return w0, lower.exact_steps(0, w_x)
+            return w0, lower.exact_steps(0, w_x), None
 
         def judge(w: PyTree, image: PyTree, _: jax.Array) -> Measured:
             return lower.measured(stop, w, image)
 
-        preconditioned = linear_solver
+        preconditioned, state = linear_solver, None
         if reusable is not None:  # Made once, at the start: on the way I − J changes little.
-            transposed = kept is not None
-            at = equation.vjp(w_x, ()) if transposed else equation.jvp(w_x, ())
-            state = functools.partial(reusable.state, at.j, w_x)
-            state = run_if(kept.uses == 0, state, kept.state) if kept else state()
-            preconditioned = reusable.using(state, transposed=transposed)
+            make = functools.partial(reusable.state, equation.vjp(w_x, ()).j, w_x)
+            state = run_if(kept.uses == 0, make, kept.state) if kept else make()
+            preconditioned = reusable.using(state, transposed=True)
         s = newton_krylov(
             equation,
             (),
@@ -150,11 +147,11 @@ def newton(
         at_floor = s.settled & ~s.measured.met & jnp.isfinite(s.measured.norm)
         status = status_where(at_floor, Status.AT_FLOOR, info.status)
         info = solve_info(info.num_steps, info.residual, status, info.tolerance)
-        return stopped_by_residual("newton", join(s.w, w_rest)), info
+        return stopped_by_residual("newton", join(s.w, w_rest)), info, state
 
     @Compiled
     def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
-        return solve_with(None, w0, args, kwargs)
+        return solve_with(None, w0, args, kwargs)[:2]
 
     if reusable is None:
         return CheckedSolver(solve, on_failure, phi)
@@ -310,7 +307,7 @@ def newton_krylov(
         none, false, one = jnp.int32(0), jnp.asarray(False), jnp.ones((), dtype)
         u = tree.where(useless, tree.sub(s.w, r), tree.sub(s.w, e))
         t = _Trial(u, one, jnp.where(useless, 1, none), now.norm, now, false, false, none)
-        t = lax.while_loop(lambda t: ~t.found & ~t.settled, *steady(look, t))
+        t = packed_loop(lambda t: ~t.found & ~t.settled, look, t)
         left = jnp.where(missed, residual, forcing * now.norm)
         # Nor than a Newton step can use, which leaves of the residual what curvature makes of it.
         shrunk = jnp.minimum(ratio(t.measured.norm, now.norm), 1.0)
@@ -337,7 +334,7 @@ def newton_krylov(
     s = Newton(
         w, start, start.norm, false, zero, zero + jnp.inf, none, zero + _COARSEST, spent, kept
     )
-    return lax.while_loop(unfinished, *steady(step, s))
+    return packed_loop(unfinished, step, s)
 
 
 def solve_for_w(
@@ -375,7 +372,7 @@ def solve_for_w(
     image = phi(w, x)
     start = judge(w, image, jnp.full_like(norm(w), 1 / (1 - WORTHWHILE)))
     c = _Steps(w, image, start, jnp.full_like(start.norm, jnp.inf), jnp.int32(1))
-    c = lax.while_loop(contracts, *steady(step, c))
+    c = packed_loop(contracts, step, c)
     nothing = Products(*(jnp.int32(0) for _ in range(3)))
     spent = nothing if spent is None else spent
     return newton_krylov(

@@ -13,6 +13,7 @@ from ..errors import check_same
 from ..failure import enforce_value
 from ..iteration import Measured, Stopping, joint_tolerance
 from ..leaves import fresh, is_inexact, partition, phi_hint, started, traced_once
+from ..linear.system import Reusable
 from ..problem import Equation
 from ..real_form import EVALUATION, Space, nudged, of_iterate, realified
 from ..types import (
@@ -40,14 +41,15 @@ class CheckedSolver:
         on_failure: The policy of a direct call, which has nowhere to put the info.
         phi: The map whose fixed point it looks for.
         preconditioned: The `Preconditioner` of its linear solves, where it has one, and itself as a
-            function `(kept, w0, args, kwargs) -> (w, SolveInfo)` of a `Kept` state of that.
+            function `(kept, w0, args, kwargs) -> (w, SolveInfo, state)` of a `Kept` state of that, or
+            of `None`: then it makes one, from products with Jᵀ.
         name: How it prints: as the call that made it.
     """
 
     with_info: Callable[..., tuple[PyTree, SolveInfo]]
     on_failure: OnFailure
     phi: Phi
-    preconditioned: tuple[Any, Callable[..., tuple[PyTree, SolveInfo]]] | None = None
+    preconditioned: tuple[Any, Callable[..., tuple[PyTree, SolveInfo, PyTree]]] | None = None
     name: str = "CheckedSolver(...)"
 
     def __repr__(self) -> str:
@@ -56,6 +58,16 @@ class CheckedSolver:
     def __call__(self, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         w, info = self.with_info(w0, *args, **kwargs)
         return enforce_value(self.on_failure, "lower-level solve", info, w)
+
+
+def sharing(
+    solver: Solver, reusable: Reusable | None
+) -> Callable[..., tuple[PyTree, SolveInfo, PyTree]] | None:
+    """The solver as a function of the preconditioner's state, where both stages name the same one."""
+    if reusable is None or not (isinstance(solver, CheckedSolver) and solver.preconditioned):
+        return None
+    preconditioner, solve = solver.preconditioned
+    return solve if preconditioner is reusable.preconditioner else None
 
 
 def solve_with_info(
