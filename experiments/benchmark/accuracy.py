@@ -96,7 +96,7 @@ def tuned(tried: Tried, goals: list[float], best: dict[float, float]) -> dict[fl
 def main(options: argparse.Namespace) -> report.Claims:
     """Measures every instance, and checks the claims."""
     scale = "quick" if options.quick else "full" if options.full else "default"
-    rounds = options.rounds or (3 if options.quick else 15)
+    rounds = options.rounds or (3 if options.quick else 9)
     instances = accuracy_instances(scale)
     in_float32 = instances if options.full else instances[1:] if options.quick else instances[1::3]
     in_float64 = instances[:1] if options.quick else instances

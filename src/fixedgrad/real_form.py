@@ -27,6 +27,8 @@ EVALUATION = 8  # What of Φ(w) is rounding, generously.
 LAST_DIGITS = 16  # By so much an entry is moved, to see what its rounding does.
 COMPUTATION = 64  # What a whole computation rounds, generously.
 
+_FEW = 4096  # Entries up to which a copy is cheaper than one operation more for each leaf.
+
 
 def of_product(eps: float) -> float:
     """The error of a product relative to its size: a modest multiple of eps.
@@ -73,11 +75,13 @@ def joined(tree: PyTree) -> bool:
     return len(jax.tree.leaves(tree)) > 1 and jax.device_count() == 1
 
 
-def realified(like: PyTree) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
+def realified(
+    like: PyTree, *, copied: bool = True
+) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
     """Two inverse functions, to the real form of pytrees like `like` and back.
 
-    The real form is a list: of one vector where leaves are `joined`; else of the real array of each
-    real leaf and the pair of each complex one, which keeps their sharding.
+    The real form is a list: of one vector where leaves are `joined`, if they may be `copied`; else of
+    the real array of each real leaf and the pair of each complex one, which keeps their sharding.
     """
     leaves, treedef = jax.tree.flatten(like)
     dtype = real_dtype(like)
@@ -100,7 +104,7 @@ def realified(like: PyTree) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTre
             ]
         )
 
-    if not joined(like):
+    if not (copied and joined(like)):
         return to_real, from_real
 
     parts = [2 if jnp.issubdtype(s.dtype, jnp.complexfloating) else 1 for s in shapes]
@@ -198,6 +202,8 @@ class Space(NamedTuple):
 
         All in one: what a norm costs for few unknowns is the number of its operations.
         """
+        if len(xs) > 1 and real_size(xs[0]) > _FEW:
+            return jnp.concatenate([self.sizes(x) for x in xs])
         stacked = jax.lax.stop_gradient(jax.tree.map(lambda *x: jnp.stack(x), *xs))
         scale = power_of_two(stacked, self.together, len(xs))
 
@@ -253,8 +259,7 @@ def _largest(tree: PyTree, stacked: bool = False) -> jax.Array:
 def norm(tree: PyTree) -> jax.Array:
     """The Euclidean norm over all inexact leaves, in `real_dtype`, whatever their scale."""
     inexact = _leaves(tree)
-    to_real, _ = realified(inexact)
-    real = to_real(inexact)
+    real = _uncopied(inexact)
     scale = power_of_two(real)
     size = scale * optax.tree.norm(optax.tree.scale(1 / scale, real))
     return jnp.asarray(size, real_dtype(inexact))
@@ -262,10 +267,14 @@ def norm(tree: PyTree) -> jax.Array:
 
 def norms(*trees: PyTree) -> jax.Array:
     """Those of some pytrees alike, stacked, in fewer operations; constants."""
-    inexact = [_leaves(tree) for tree in trees]
-    to_real, _ = realified(inexact[0])
-    real = [to_real(x) for x in inexact]
+    real = [_uncopied(_leaves(tree)) for tree in trees]
     return Space(((),) * len(real[0]), ()).sizes(*real)
+
+
+def _uncopied(leaves: list[Any]) -> PyTree:
+    """The real form; with each leaf for itself where to join them would copy many entries."""
+    to_real, _ = realified(leaves, copied=real_size(leaves) <= _FEW)
+    return to_real(leaves)
 
 
 def inner(x: PyTree, y: PyTree) -> jax.Array:

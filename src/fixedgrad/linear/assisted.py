@@ -30,7 +30,7 @@ WORTHWHILE = 0.7
 MAX_SIZE = 1024
 """The largest number of real unknowns for which a matrix is made."""
 
-_AT_ONCE = 16.0  # A price so low that the first system pays it.
+_AT_ONCE = 45.0  # A price so low that the first system pays it.
 _TOO_DEAR = 100.0  # A price that is hardly ever paid, while the place for the matrix always is.
 _REFINEMENTS = 30
 _CONTRACTION = 0.3  # Of a refinement: where it takes less off, the matrix is one of another system.
