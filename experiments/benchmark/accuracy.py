@@ -277,7 +277,7 @@ def _draw(options: argparse.Namespace, summaries: list[Summary]) -> None:
         panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
         panel.minorticks_off()
         panel.invert_yaxis()
-        panel.legend(loc="best")
+        panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 
 
 def _measured(

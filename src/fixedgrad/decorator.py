@@ -175,10 +175,10 @@ def fixed_point(
 
         def call(informed: bool, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
             if isinstance(estimator, Unrolled):
-                w, aux, info = _run(solver, has_aux, w0, args, kwargs)
+                w, aux, info, _ = _run(solver, has_aux, None, w0, args, kwargs)
                 check_phi("fixed_point", phi, w, SOLVED, args, kwargs)
             else:
-                run = functools.partial(_run_sharing, solver, has_aux, reusable)
+                run = functools.partial(_run, solver, has_aux, reusable)
                 judged = not iterates(solver, phi)
                 w, aux, info = _implicit(
                     phi, run, judged, estimator, reusable, on_failure, w0, args, kwargs
@@ -361,7 +361,7 @@ def _implicit(
     return join_w(w_x, w_rest), aux, info
 
 
-def _run_sharing(
+def _run(
     solver: Solver,
     has_aux: bool,
     reusable: Reusable | None,
@@ -369,20 +369,16 @@ def _run_sharing(
     args: PyTree,
     kwargs: PyTree,
 ) -> tuple[PyTree, PyTree, SolveInfo | None, PyTree]:
-    """`_run`, and the state of the preconditioner that the solver shares with the estimator."""
-    shared = None if has_aux else sharing(solver, reusable)
-    if shared is None:
-        return *_run(solver, has_aux, w0, args, kwargs), None
-    w, info, state = shared(None, w0, args, kwargs)
-    return w, (), info, state
+    """(w, aux, info, state) of a solver; `aux` is `()` without `has_aux`.
 
-
-def _run(
-    solver: Solver, has_aux: bool, w0: PyTree, args: PyTree, kwargs: PyTree
-) -> tuple[PyTree, PyTree, SolveInfo | None]:
-    """(w, aux, info) of a solver; `aux` is `()` without `has_aux`."""
+    The state is that of the preconditioner which the solver shares with the estimator, or `None`.
+    """
+    shared, state = None if has_aux else sharing(solver, reusable), None
     with hint(*_NEEDS_VALUES, text=lambda: _FROM_HOST):
-        out, info = solve_with_info(solver, w0, *args, **kwargs)
+        if shared is None:
+            out, info = solve_with_info(solver, w0, *args, **kwargs)
+        else:
+            out, info, state = shared(None, w0, args, kwargs)
     if out is None or (has_aux and not (isinstance(out, tuple) and len(out) == 2)):
         wanted = "the pair `(w, aux)`, since `has_aux=True`" if has_aux else "w"
         raise TypeError(
@@ -393,4 +389,4 @@ def _run(
     check_arrays("fixed_point", "aux", aux)
     if info is None and isinstance(aux, SolveInfo):  # As `with_info` of `picard` has it.
         info = aux
-    return jax.tree.map(jnp.asarray, w), aux, info
+    return jax.tree.map(jnp.asarray, w), aux, info, state

@@ -35,7 +35,7 @@ _TOO_DEAR = 100.0  # A price that is hardly ever paid, while the place for the m
 _REFINEMENTS = 30
 _CONTRACTION = 0.3  # Of a refinement: where it takes less off, the matrix is one of another system.
 _BLOCKED = 0.15  # What a product costs in a block of many, of a single one.
-_START = 2e4  # Operations in the time that it takes to start one.
+_START = 1e4  # Operations in the time that it takes to start one.
 
 _INVERSE = known_inverse(MAX_SIZE)
 _REFINED: Any = refinement(max_steps=_REFINEMENTS, reduction=WORTHWHILE, preconditioner=_INVERSE)

@@ -68,10 +68,12 @@ def newton(
     A linear solver with a tolerance is asked for no more than the step can use (forcing terms): a
     relative residual of 0.5 at first, then of the square of what the last step left of ‖F‖, but of no
     less than half of what is left to do; never less than its own `rtol`. `dense()` makes it the
-    classical method, for few unknowns. Its preconditioner, where it makes one, is made once, at w₀; in
-    the explicit form the one of the last update serves, if the estimator's linear solver has the same
-    one. Where a step does not shrink ‖F‖, shorter ones are tried, and then steps of Φ itself, as many
-    as the linear solve took products. Φ need not be a contraction.
+    classical method, for few unknowns, and its verdict on the matrix is left out: the residual judges
+    the step. Its preconditioner, where it makes one, is made once, at w₀. Where the linear solver of
+    the estimator has the same one (the same object, not an equal one), the derivative is computed with
+    the matrix that was made on the way to w, and in the explicit form the way to w with that of the
+    last update. Where a step does not shrink ‖F‖, shorter ones are tried, and then steps of Φ itself,
+    as many as the linear solve took products. Φ need not be a contraction.
 
     Assumed, not checked: Φ is continuously differentiable, I − J invertible on the way. Where there are
     several fixed points, Newton's method comes to any of them, saddle points and maxima of a loss too.
@@ -80,7 +82,7 @@ def newton(
     the linear solver.
     Not where Φ has kinks, nor for a q so small that a few steps of `picard` do.
     Up to some hundred unknowns `cg` (`gmres` where J is not symmetric) with `preconditioner=inverse()`
-    is the fastest: one matrix in all, where `dense()` makes one a step.
+    is the fastest: one matrix in all, the derivative's included, where `dense()` makes one a step.
 
     Args:
         phi: `phi(w, *args, **kwargs) -> w`; the steps are taken in the inexact leaves of w.
