@@ -917,6 +917,26 @@ def test_what_newton_and_the_derivative_both_name_is_made_once(rule):
     assert_close(hessian, jax.jacfwd(problem.gradient)(problem.lam), 1e-7)
 
 
+@pytest.mark.parametrize("rule", [lambda e: e, fg.forward], ids=["reverse", "forward"])
+def test_a_preconditioner_that_did_not_serve_newton_is_made_anew_for_the_derivative(rule):
+    # ∇²ℓ at w₀ = 0.1 is indefinite: CG can do nothing with its inverse, where ∇²ℓ is definite.
+    def loss(w, lam):
+        return jnp.sum(0.25 * w**4 - 0.5 * lam * jnp.array([1.0, -1.0]) * w**2 - 0.1 * w)
+
+    phi = fg.gradient_descent(loss, step_size=0.1)
+    watched, built = watched_inverse()
+    cg = fg.cg(max_steps=20, rtol=1e-10, preconditioner=watched)
+    newton = fg.newton(phi, max_steps=60, rtol=1e-10, linear_solver=cg)
+    solve = fg.fixed_point(phi, rule(fg.aid(cg)))(newton)
+    w0 = jnp.full(2, 0.1)
+    w, slope = solve(w0, 1.0), jax.grad(lambda lam: jnp.sum(solve(w0, lam)))(1.0)
+    jax.effects_barrier()
+    curvature = 3 * w**2 - jnp.array([1.0, -1.0])
+    assert bool(jnp.all(curvature > 0))
+    assert_close(slope, jnp.sum(jnp.array([1.0, -1.0]) * w / curvature), 1e-8)
+    assert len(built) == 3  # One in the call, two where there is a derivative.
+
+
 @pytest.mark.parametrize("make", [fg.cg, fg.gmres, fg.bicgstab, fg.normal_cg])
 def test_a_ridge_solves_the_regularised_system_and_says_so(make):
     m = SYMMETRIC if make is fg.cg else GENERAL

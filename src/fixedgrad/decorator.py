@@ -30,6 +30,7 @@ from .leaves import (
 from .linear.implicit import STAGE, implicit_solve, linear_solve
 from .linear.system import Reusable
 from .lower import held_to_phi, iterates, sharing, solve_with_info
+from .mapped_axes import run_if
 from .problem import Equation, precise
 from .signatures import same_arguments
 from .types import (
@@ -116,7 +117,8 @@ def fixed_point(
 
     Cost: the solver's, and one Φ where that was not made for this Φ; for derivatives the
     estimator's.
-    Memory: w and the arguments are kept for the backward pass, nothing else (`itd`: all iterates).
+    Memory: w and the arguments are kept for the backward pass, nothing else (`itd`: all iterates; a
+    `preconditioner` that `newton` and the estimator's linear solver share: its state).
     When not to use it: where the value of f, warm starts or the info of the solves are wanted
     beside the gradient (`hypergradient`); for a cheap loop of a few steps that JAX may as well
     differentiate.
@@ -234,10 +236,10 @@ def _implicit(
 
     Args:
         phi: Φ.
-        run: `(w0, args, kwargs) -> (w, aux, info, state)`, the solver.
+        run: `(w0, args, kwargs) -> (w, aux, info, made)`, the solver.
         judged: Whether w is to be held to Φ, since the solver may not have been.
         estimator: Whose rule it is.
-        reusable: Its linear solver, where the solver may have made the `state` of its preconditioner.
+        reusable: Its linear solver, where the solver may have `made` the state of its preconditioner.
         on_failure: The policy of solves for derivatives.
         w0: The start.
         args: The arguments after it.
@@ -261,11 +263,11 @@ def _implicit(
 
     def run_packed(w0: PyTree, x: PyTree, rest: PyTree) -> tuple[PyTree, PyTree]:
         given, _, closure = join(x, rest)
-        w, aux, info, state = solver.function(w0, *given, *closure)
+        w, aux, info, made = solver.function(w0, *given, *closure)
         w_x, w_rest, _ = partition(w)
         if judged:
             info = held_to_phi(equation(rest, w_rest), partition(w0)[0], w_x, x, info)
-        return w_x, ((w_rest, state), aux, info)
+        return w_x, ((w_rest, made), aux, info)
 
     def equation(rest: PyTree, w_rest: PyTree) -> Equation:
         def packed(w_x: PyTree, x: PyTree) -> PyTree:
@@ -274,35 +276,45 @@ def _implicit(
 
         return Equation(packed, by_residual, image.jaxpr)
 
-    def sharing_solver(linear_solver: LinearSolver, state: PyTree) -> LinearSolver:
-        """The linear solver, with the preconditioner that was made on the way to w."""
-        if reusable is None or state is None or linear_solver is not reusable.linear_solver:
+    def sharing_solver(
+        linear_solver: LinearSolver, at: Equation, w: PyTree, x: PyTree, made: PyTree
+    ) -> LinearSolver:
+        """The linear solver with the preconditioner that was made on the way to w.
+
+        Where that was of no use at the end of the way, it is made anew at w.
+        """
+        if reusable is None or made is None or linear_solver is not reusable.linear_solver:
             return linear_solver
-        return reusable.using(lax.stop_gradient(state), transposed=True)
+        w, x, (state, useful) = lax.stop_gradient((w, x, made))
+        state = run_if(~useful, lambda: reusable.state(at.vjp(w, x).j, w), state)
+        return reusable.using(state, transposed=True)
 
     def pull_at(w: PyTree, x: PyTree, rest: PyTree, found: PyTree, w_bar: PyTree) -> PyTree:
-        w_rest, state = found
+        w_rest, made = found
+        at = equation(rest, w_rest)
 
         def solve(
             linear_solver: LinearSolver, matvec: MatVec, b: PyTree
         ) -> tuple[PyTree, SolveInfo]:
-            return implicit_solve(on_failure, sharing_solver(linear_solver, state), matvec, b)
+            linear_solver = sharing_solver(linear_solver, at, w, x, made)
+            return implicit_solve(on_failure, linear_solver, matvec, b)
 
-        back = estimator.vjp(equation(rest, w_rest), w, x, w_bar, solve)
+        back = estimator.vjp(at, w, x, w_bar, solve)
         return enforce(on_failure, STAGE, back.info, back.x_bar)
 
     def push_at(w: PyTree, x: PyTree, rest: PyTree, found: PyTree, x_dot: PyTree) -> PyTree:
-        w_rest, state = found
+        w_rest, made = found
+        at = equation(rest, w_rest)
 
         def solve(
             linear_solver: LinearSolver, matvec: MatVec, b: PyTree
         ) -> tuple[PyTree, SolveInfo]:
-            linear_solver = sharing_solver(linear_solver, state)
+            linear_solver = sharing_solver(linear_solver, at, w, x, made)
             unknown = solve_info(0, jnp.zeros(()), 0)
             return linear_solve(on_failure, linear_solver, matvec, b), unknown
 
         with no_custom_vjp(_FORWARD_PHI):
-            return estimator.jvp(equation(rest, w_rest), w, x, x_dot, solve)
+            return estimator.jvp(at, w, x, x_dot, solve)
 
     pull: Callable[..., PyTree] = pull_at
     push: Callable[..., PyTree] = push_at
@@ -369,16 +381,16 @@ def _run(
     args: PyTree,
     kwargs: PyTree,
 ) -> tuple[PyTree, PyTree, SolveInfo | None, PyTree]:
-    """(w, aux, info, state) of a solver; `aux` is `()` without `has_aux`.
+    """(w, aux, info, made) of a solver; `aux` is `()` without `has_aux`.
 
-    The state is that of the preconditioner which the solver shares with the estimator, or `None`.
+    What it `made` is for the preconditioner that it shares with the estimator, or `None`.
     """
-    shared, state = None if has_aux else sharing(solver, reusable), None
+    shared, made = None if has_aux else sharing(solver, reusable), None
     with hint(*_NEEDS_VALUES, text=lambda: _FROM_HOST):
         if shared is None:
             out, info = solve_with_info(solver, w0, *args, **kwargs)
         else:
-            out, info, state = shared(None, w0, args, kwargs)
+            out, info, made = shared(None, w0, args, kwargs)
     if out is None or (has_aux and not (isinstance(out, tuple) and len(out) == 2)):
         wanted = "the pair `(w, aux)`, since `has_aux=True`" if has_aux else "w"
         raise TypeError(
@@ -389,4 +401,4 @@ def _run(
     check_arrays("fixed_point", "aux", aux)
     if info is None and isinstance(aux, SolveInfo):  # As `with_info` of `picard` has it.
         info = aux
-    return jax.tree.map(jnp.asarray, w), aux, info, state
+    return jax.tree.map(jnp.asarray, w), aux, info, made

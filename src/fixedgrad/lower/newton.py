@@ -149,7 +149,8 @@ def newton(
         at_floor = s.settled & ~s.measured.met & jnp.isfinite(s.measured.norm)
         status = status_where(at_floor, Status.AT_FLOOR, info.status)
         info = solve_info(info.num_steps, info.residual, status, info.tolerance)
-        return stopped_by_residual("newton", join(s.w, w_rest)), info, state
+        made = None if reusable is None else (state, ~s.missed)
+        return stopped_by_residual("newton", join(s.w, w_rest)), info, made
 
     @Compiled
     def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> tuple[PyTree, SolveInfo]:
@@ -172,6 +173,7 @@ class Newton(NamedTuple):
         left: The residual norm that the last of them left.
         num_steps: Linear solves so far.
         forcing: The relative tolerance that the next one can use.
+        missed: Whether the last one missed its tolerance.
         spent: In all.
         kept: What the linear solves keep from one to the next.
     """
@@ -184,6 +186,7 @@ class Newton(NamedTuple):
     left: jax.Array
     num_steps: jax.Array
     forcing: jax.Array
+    missed: jax.Array
     spent: Products
     kept: PyTree
 
@@ -324,6 +327,7 @@ def newton_krylov(
             jnp.where(useless, s.left, left),
             s.num_steps + 1,
             jnp.minimum(following, _COARSEST),
+            missed,
             s.spent._replace(phi=s.spent.phi + 1 + t.looks, j=s.spent.j + effort),
             solves.used(kept, info, forcing),
         )
@@ -334,7 +338,17 @@ def newton_krylov(
     spent = spent._replace(phi=spent.phi + int(image is None))
     false, none = jnp.asarray(False), jnp.int32(0)
     s = Newton(
-        w, start, start.norm, false, zero, zero + jnp.inf, none, zero + _COARSEST, spent, kept
+        w,
+        start,
+        start.norm,
+        false,
+        zero,
+        zero + jnp.inf,
+        none,
+        zero + _COARSEST,
+        false,
+        spent,
+        kept,
     )
     return packed_loop(unfinished, step, s)
 

@@ -41,8 +41,9 @@ class CheckedSolver:
         on_failure: The policy of a direct call, which has nowhere to put the info.
         phi: The map whose fixed point it looks for.
         preconditioned: The `Preconditioner` of its linear solves, where it has one, and itself as a
-            function `(kept, w0, args, kwargs) -> (w, SolveInfo, state)` of a `Kept` state of that, or
-            of `None`: then it makes one, from products with Jᵀ.
+            function `(kept, w0, args, kwargs) -> (w, SolveInfo, made)` of a `Kept` state of that, or
+            of `None`: then it makes one, from products with Jᵀ. `made` are the state, and whether it
+            was of use at the end.
         name: How it prints: as the call that made it.
     """
 
