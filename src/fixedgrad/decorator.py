@@ -283,11 +283,12 @@ def _implicit(
 
         Where that was of no use at the end of the way, it is made anew at w.
         """
-        if reusable is None or made is None or linear_solver is not reusable.linear_solver:
+        known = reusable
+        if known is None or made is None or linear_solver is not known.linear_solver:
             return linear_solver
         w, x, (state, useful) = lax.stop_gradient((w, x, made))
-        state = run_if(~useful, lambda: reusable.state(at.vjp(w, x).j, w), state)
-        return reusable.using(state, transposed=True)
+        state = run_if(~useful, lambda: known.state(at.vjp(w, x).j, w), state)
+        return known.using(state, transposed=True)
 
     def pull_at(w: PyTree, x: PyTree, rest: PyTree, found: PyTree, w_bar: PyTree) -> PyTree:
         w_rest, made = found
