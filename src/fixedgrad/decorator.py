@@ -42,6 +42,7 @@ from .types import (
     OnFailure,
     Phi,
     PyTree,
+    Solve,
     SolveInfo,
     Solver,
     Unrolled,
@@ -276,44 +277,41 @@ def _implicit(
 
         return Equation(packed, by_residual, image.jaxpr)
 
-    def sharing_solver(
-        linear_solver: LinearSolver, at: Equation, w: PyTree, x: PyTree, made: PyTree
-    ) -> LinearSolver:
-        """The linear solver with the preconditioner that was made on the way to w.
+    def solve_linearly(
+        linear_solver: LinearSolver, matvec: MatVec, b: PyTree
+    ) -> tuple[PyTree, SolveInfo]:
+        unknown = solve_info(0, jnp.zeros(()), 0)
+        return linear_solve(on_failure, linear_solver, matvec, b), unknown
+
+    def at_found(
+        solve: Solve, w: PyTree, x: PyTree, rest: PyTree, found: PyTree
+    ) -> tuple[Equation, Solve]:
+        """The equation, and `solve` with the preconditioner that was made on the way to w.
 
         Where that was of no use at the end of the way, it is made anew at w.
         """
-        known = reusable
-        if known is None or made is None or linear_solver is not known.linear_solver:
-            return linear_solver
-        w, x, (state, useful) = lax.stop_gradient((w, x, made))
-        state = run_if(~useful, lambda: known.state(at.vjp(w, x).j, w), state)
-        return known.using(state, transposed=True)
-
-    def pull_at(w: PyTree, x: PyTree, rest: PyTree, found: PyTree, w_bar: PyTree) -> PyTree:
         w_rest, made = found
         at = equation(rest, w_rest)
 
-        def solve(
+        def solve_sharing(
             linear_solver: LinearSolver, matvec: MatVec, b: PyTree
         ) -> tuple[PyTree, SolveInfo]:
-            linear_solver = sharing_solver(linear_solver, at, w, x, made)
-            return implicit_solve(on_failure, linear_solver, matvec, b)
+            known = reusable
+            if known is None or made is None or linear_solver is not known.linear_solver:
+                return solve(linear_solver, matvec, b)
+            u, y, (state, useful) = lax.stop_gradient((w, x, made))
+            state = run_if(~useful, lambda: known.state(at.vjp(u, y).j, u), state)
+            return solve(known.using(state, transposed=True), matvec, b)
 
+        return at, solve_sharing
+
+    def pull_at(w: PyTree, x: PyTree, rest: PyTree, found: PyTree, w_bar: PyTree) -> PyTree:
+        at, solve = at_found(functools.partial(implicit_solve, on_failure), w, x, rest, found)
         back = estimator.vjp(at, w, x, w_bar, solve)
         return enforce(on_failure, STAGE, back.info, back.x_bar)
 
     def push_at(w: PyTree, x: PyTree, rest: PyTree, found: PyTree, x_dot: PyTree) -> PyTree:
-        w_rest, made = found
-        at = equation(rest, w_rest)
-
-        def solve(
-            linear_solver: LinearSolver, matvec: MatVec, b: PyTree
-        ) -> tuple[PyTree, SolveInfo]:
-            linear_solver = sharing_solver(linear_solver, at, w, x, made)
-            unknown = solve_info(0, jnp.zeros(()), 0)
-            return linear_solve(on_failure, linear_solver, matvec, b), unknown
-
+        at, solve = at_found(solve_linearly, w, x, rest, found)
         with no_custom_vjp(_FORWARD_PHI):
             return estimator.jvp(at, w, x, x_dot, solve)
 
