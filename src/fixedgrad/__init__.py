@@ -31,6 +31,7 @@ from .certificate import certify as certify
 from .certificate import certify_proved as certify_proved
 from .certificate import polished as polished
 from .decorator import fixed_point as fixed_point
+from .decorator import root as root
 from .diagnostics import GradientCheck as GradientCheck
 from .diagnostics import Recommendation as Recommendation
 from .diagnostics import check_gradient as check_gradient
@@ -46,6 +47,7 @@ from .hypergradient import HypergradientInfo as HypergradientInfo
 from .hypergradient import HypergradientState as HypergradientState
 from .hypergradient import hypergradient as hypergradient
 from .linear import Preconditioner as Preconditioner
+from .linear import auto as auto
 from .linear import bicgstab as bicgstab
 from .linear import cg as cg
 from .linear import dense as dense
@@ -71,12 +73,16 @@ from .lower import rematerialised as rematerialised
 from .lower import with_tolerance as with_tolerance
 from .maps import Momentum as Momentum
 from .maps import damped as damped
+from .maps import from_residual as from_residual
 from .maps import gradient_descent as gradient_descent
 from .maps import heavy_ball as heavy_ball
 from .maps import nesterov as nesterov
 from .maps import optimal_heavy_ball as optimal_heavy_ball
 from .maps import optimal_step_size as optimal_step_size
 from .maps import proximal_gradient as proximal_gradient
+from .monitor import print_info as print_info
+from .monitor import progress_bar as progress_bar
+from .monitor import unordered as unordered
 from .starts import Start as Start
 from .starts import cold as cold
 from .starts import extrapolated as extrapolated
@@ -127,6 +133,7 @@ __all__ = [
     "adaptive_hypergradient",
     "aid",
     "anderson",
+    "auto",
     "bicgstab",
     "bilevel",
     "bounds",
@@ -148,6 +155,7 @@ __all__ = [
     "from_lineax",
     "from_optax",
     "from_optimistix",
+    "from_residual",
     "gmres",
     "gradient_descent",
     "heavy_ball",
@@ -164,12 +172,16 @@ __all__ = [
     "patience",
     "picard",
     "polished",
+    "print_info",
+    "progress_bar",
     "proximal_gradient",
     "recommend",
     "recursive",
     "rematerialised",
+    "root",
     "separately",
     "truncated_itd",
+    "unordered",
     "warm",
     "with_tolerance",
 ]

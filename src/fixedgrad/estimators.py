@@ -11,6 +11,7 @@ import jax
 from jax import lax
 
 from .errors import check_callable, check_count, show
+from .linear import auto
 from .printing import printed
 from .problem import Equation
 from .types import (
@@ -25,6 +26,8 @@ from .types import (
     solve_info,
     status_where,
 )
+
+_AUTO = auto()
 
 
 @printed
@@ -128,7 +131,7 @@ def truncated_itd(*, num_steps: int) -> Estimator:
 
 
 @printed
-def aid(linear_solver: LinearSolver) -> Estimator:
+def aid(linear_solver: LinearSolver = _AUTO) -> Estimator:
     """Approximate implicit differentiation: a linear system at the last iterate.
 
     At the lower-level iterate w ≈ w(λ), with J = ∂₁Φ(w, λ) and B = ∂₂Φ(w, λ),
@@ -152,7 +155,8 @@ def aid(linear_solver: LinearSolver) -> Estimator:
 
     Args:
         linear_solver: `fp`, `cg`, `normal_cg`, `gmres`, `bicgstab`, `dense`, or any function of the
-            same signature `(matvec, b, x0=None) -> (x, info)`.
+            same signature `(matvec, b, x0=None) -> (x, info)`. By default `auto()`: elimination for few
+            unknowns, else GMRES.
 
     Returns:
         An `Estimator`.
@@ -254,3 +258,7 @@ def check_linear_solver(where: str, linear_solver: object) -> None:
             f"`linear_solver` of `{where}` must take `(matvec, b, x0=None)`, got "
             f"{show(linear_solver)}: {error}. Call a factory, as in `cg(num_steps=10)`."
         ) from None
+
+
+AID = aid()
+"""What `fixed_point`, `root` and `hypergradient` take by default."""

@@ -6,13 +6,14 @@ exported by `jax.export`, which exports no host callback, and needs a device tha
 """
 
 import warnings
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .leaves import is_inexact
+from .monitor import Monitor, check_monitor, emit
 from .types import OnFailure, PyTree, SolveInfo, Status, failed
 
 
@@ -27,6 +28,28 @@ class SolveFailedError(RuntimeError):
 class SolveFailedWarning(UserWarning):
     """A solve failed under `on_failure="warn"`."""
 
+
+class Policy(NamedTuple):
+    """What becomes of a result whose solve failed, and who is told how each solve ended."""
+
+    on_failure: OnFailure
+    monitor: Monitor | None = None
+
+    @classmethod
+    def of(cls, where: str, on_failure: object, monitor: object = None) -> "Policy":
+        """Of the options of `where`.
+
+        Raises:
+            ValueError: `on_failure` is none of the policies.
+            TypeError: `monitor` is not a function.
+        """
+        check_on_failure(where, on_failure)
+        check_monitor(where, monitor)
+        return cls(on_failure, monitor)  # pyright: ignore[reportArgumentType]
+
+
+LOWER_STAGE = "lower-level solve"
+STAGE = "linear solve of the derivative"
 
 _REMEDY = {
     Status.NO_PROGRESS: "these exact steps have led nowhere: is rho(J) >= 1? Use `cg`, `gmres` or "
@@ -67,16 +90,20 @@ def describe(stage: str, info: SolveInfo) -> str:
     )
 
 
-def enforce(on_failure: OnFailure, stage: str, info: SolveInfo | None, tree: PyTree) -> PyTree:
-    """`tree`, made to obey the policy where the solve behind it failed.
+def enforce(policy: Policy, stage: str, info: SolveInfo | None, tree: PyTree) -> PyTree:
+    """`tree`, made to obey the policy where the solve behind it failed; the monitor is told.
 
     The inexact leaves are multiplied by 1, or by NaN where the solve failed: a product, not a
     selection, so that tangents and cotangents of a failed result are NaN too. Under "zero" they become
     zero, so that a failed element takes no part in what all share.
     """
-    if info is None or on_failure == "ignore":
+    if info is None:
         return tree
+    on_failure = policy.on_failure
     info = SolveInfo(*(jax.lax.stop_gradient(jnp.asarray(x)) for x in info))
+    emit(policy.monitor, stage, info)
+    if on_failure == "ignore":
+        return tree
     lost = failed(info)
     if on_failure == "zero":
         return zero_where(lost, tree)
@@ -104,13 +131,14 @@ def zero_where(lost: jax.Array, tree: PyTree) -> PyTree:
     return jax.tree.map(selected, tree)
 
 
-def enforce_value(on_failure: OnFailure, stage: str, info: SolveInfo | None, w: PyTree) -> PyTree:
+def enforce_value(policy: Policy, stage: str, info: SolveInfo | None, w: PyTree) -> PyTree:
     """The value w of a solve under the policy of its derivative.
 
     Under "zero" w stays as the solver left it, as a constant: there is no zero of a value.
     """
-    if info is None or on_failure != "zero":
-        return enforce(on_failure, stage, info, w)
+    if info is None or policy.on_failure != "zero":
+        return enforce(policy, stage, info, w)
+    emit(policy.monitor, stage, info)
     lost = failed(info)
     return jax.tree.map(
         lambda x: jnp.where(lost, jax.lax.stop_gradient(x), x) if is_inexact(x) else x, w

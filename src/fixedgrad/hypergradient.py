@@ -10,8 +10,8 @@ import optax
 
 from .compiled import Compiled
 from .errors import check_callable, check_same, hint, shapes_of, show
-from .estimators import check_estimator
-from .failure import check_on_failure, enforce
+from .estimators import AID, check_estimator
+from .failure import LOWER_STAGE, STAGE, Policy, enforce
 from .leaves import (
     SOLVED,
     blank,
@@ -22,10 +22,19 @@ from .leaves import (
     started,
     zeros_like_inexact,
 )
-from .linear.implicit import STAGE, implicit_solve
+from .linear.implicit import implicit_solve
 from .linear.system import Kept, Reusable
-from .lower import exact_steps_info, held_to_phi, iterates, sharing, solve_with_info
+from .lower import (
+    NEWTON,
+    ForPhi,
+    exact_steps_info,
+    held_to_phi,
+    iterates,
+    sharing,
+    solve_with_info,
+)
 from .mapped_axes import placed_like, run_if
+from .monitor import Monitor
 from .printing import count, member, number, printed, record, shapes_in, values_of
 from .problem import Problem
 from .signatures import same_arguments
@@ -127,11 +136,12 @@ class Hypergradient(NamedTuple):
 def hypergradient(
     outer: Outer,
     phi: Phi,
-    solver: Solver,
-    estimator: Estimator,
+    solver: Solver | ForPhi = NEWTON,
+    estimator: Estimator = AID,
     *,
     start: Start = COLD,
     on_failure: OnFailure = "nan",
+    monitor: Monitor | None = None,
 ) -> Hypergradient:
     """The hypergradient in explicit form: values, diagnostics and warm starts in a state.
 
@@ -150,12 +160,15 @@ def hypergradient(
     Args:
         outer: `outer(w, lam, *args, **kwargs) -> scalar`.
         phi: `phi(w, lam, *args, **kwargs) -> w`.
-        solver: `solver(w0, lam, *args, **kwargs) -> w`.
-        estimator: `itd()`, `truncated_itd(...)`, `aid(...)`.
+        solver: `solver(w0, lam, *args, **kwargs) -> w`. By default Newton's method, which needs no
+            contraction: `newton`, to a relative residual of 1e-8.
+        estimator: `itd()`, `truncated_itd(...)`, `aid(...)`; by default `aid()`.
         start: `cold()`, `warm()`, or another `Start`; `separately` has one for w and one for v.
         on_failure: What becomes of the gradient when a solve failed: "nan", "warn", "raise" or
             "ignore". The state keeps w, v and info in any case. "warn" and "raise" call back to the
             host, so that `jax.export` refuses `update`.
+        monitor: `monitor(stage, info)`, called on the host with the `SolveInfo` of both solves of each
+            update, in order; see `fixed_point`. `None` for none.
 
     Returns:
         The pair (`init`, `update`), a `Hypergradient`.
@@ -163,7 +176,7 @@ def hypergradient(
     Raises:
         TypeError: An argument is not of its kind; when called, Φ(w) differs from w, E is not a real
             scalar, or λ has no inexact leaf.
-        ValueError: `on_failure` is none of the four.
+        ValueError: `on_failure` is none of the five.
 
     >>> import fixedgrad as fg
     >>> phi = lambda w, lam: 0.5 * w + lam
@@ -179,9 +192,11 @@ def hypergradient(
     """
     check_callable("hypergradient", "outer", outer, "outer(w, lam, *args) -> scalar")
     check_callable("hypergradient", "phi", phi, "phi(w, lam, *args) -> w")
+    if isinstance(solver, ForPhi):
+        solver = solver.make(phi)
     check_callable("hypergradient", "solver", solver, "solver(w0, lam, *args) -> w")
     check_estimator("hypergradient", estimator)
-    check_on_failure("hypergradient", on_failure)
+    policy = Policy.of("hypergradient", on_failure, monitor)
     check_start("`start` of `hypergradient`", start)
     check = same_arguments("hypergradient", phi, solver)
     implicit = None if isinstance(estimator, Unrolled) else estimator
@@ -232,13 +247,13 @@ def hypergradient(
                 linear_solver: LinearSolver, matvec: MatVec, b: PyTree
             ) -> tuple[PyTree, SolveInfo]:
                 if reusable is None or linear_solver is not reusable.linear_solver:
-                    return implicit_solve(on_failure, linear_solver, matvec, b, x0)
+                    return implicit_solve(policy, linear_solver, matvec, b, x0)
                 before = kept or _never(reusable, matvec, b)
                 due = before.due(reusable.preconditioner.every)
                 state = functools.partial(reusable.state, matvec, b)
                 state = run_if(due, state, before.state)
                 linear_solver = reusable.using(state, transposed=True)
-                v, info = implicit_solve(on_failure, linear_solver, matvec, b, x0)
+                v, info = implicit_solve(policy, linear_solver, matvec, b, x0)
                 first = jnp.where(due, info.num_steps, before.first)
                 uses = jnp.where(failed(info), 0, jnp.where(due, 1, before.uses + 1))
                 used.append(Kept(state, uses, first, info.num_steps))
@@ -247,8 +262,8 @@ def hypergradient(
             back = implicit.vjp(equation, w_t, x, w_bar, solve)
             kept = used[0] if used else None
         grad = placed_like(optax.tree.add(direct, back.x_bar), x)
-        grad = enforce(on_failure, "lower-level solve", lower, grad)
-        grad = enforce(on_failure, STAGE, back.info, grad)
+        grad = enforce(policy, LOWER_STAGE, lower, grad)
+        grad = enforce(policy, STAGE, back.info, grad)
 
         w = problem.join_w(w_x)
         v = None if back.v is None else problem.join_w(back.v)

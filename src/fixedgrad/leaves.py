@@ -391,6 +391,11 @@ def settled_lam(lam: PyTree, w: PyTree) -> PyTree:
     return strongly_typed(lam, jax.tree.map(lambda _: widest, lam))
 
 
+def is_sharded(x: Any) -> bool:
+    """Whether the type of an array, of an explicit mesh, says that it is sharded."""
+    return any(part is not None for part in jax.typeof(x).sharding.spec)
+
+
 def is_weak(leaf: Any) -> bool:
     """Whether an inexact number is of weak type: it gives way to the dtype of what it meets."""
     if isinstance(leaf, float | complex):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from .errors import check_callable, check_number, check_scalar, shapes_of
+from .errors import check_callable, check_number, check_same, check_scalar, shapes_of
 from .leaves import fresh
 from .printing import printed
 from .real_form import steepest_ascent
@@ -91,6 +91,50 @@ def gradient_descent(loss: Loss, *, step_size: StepSize) -> ResidualMap:
         return _subtracted(w, residual(w, *args, **kwargs))
 
     return ResidualMap(phi, residual)
+
+
+@printed
+def from_residual(residual: Phi) -> ResidualMap:
+    """The map of an equation F(w, λ) = 0: Φ(w, λ) = w − F(w, λ), whose fixed points are the roots.
+
+    I − J = ∂₁F, and B = −∂₂F: so `cg` applies where ∂₁F is symmetric and positive definite, as the
+    Hessian of a loss at a minimum is. F may be multiplied by any factor, which changes no root: what
+    counts as small is told by ∂₁F. So `rtol` of `newton`, `broyden` or `with_tolerance` bounds ‖F(w)‖
+    relative to ‖∂₁F(w) w‖ in every leaf, which for F = Aw − b is ‖b‖ at the solution, and `atol` bounds
+    ‖F(w)‖.
+
+    Assumed, not checked: F is continuously differentiable at the root, and ∂₁F invertible there.
+
+    Cost: one F. A test of the tolerance takes F, one linearisation of it, and two products.
+    When not to use it: for `picard` and `anderson`, whose steps w − F(w) need a contraction; scale F,
+    or take `newton`. For the gradient of a loss with a step size, `gradient_descent`.
+
+    Args:
+        residual: F, `residual(w, *args, **kwargs)` with structure, shapes and dtypes of w.
+
+    Returns:
+        `phi(w, *args, **kwargs)`, which knows F.
+
+    Raises:
+        TypeError: `residual` is not callable; when called, F(w) is not like w.
+
+    >>> import fixedgrad as fg
+    >>> kepler = from_residual(lambda w, e, m: w - e * jnp.sin(w) - m)
+    >>> w, info = fg.newton(kepler, max_steps=9, rtol=1e-12).with_info(1.0, 0.5, 1.0)
+    >>> round(float(w), 6), bool(info.converged)
+    (1.498701, True)
+
+    References:
+        Krantz, Parks, The Implicit Function Theorem, 2002.
+    """
+    check_callable("from_residual", "residual", residual, "residual(w, *args) -> F(w, lam)")
+
+    def phi(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        f = fresh(residual)(w, *args, **kwargs)
+        check_same("from_residual", f, w, "`residual(w, ...)`", "`w`")
+        return _subtracted(w, f)
+
+    return ResidualMap(phi, residual, any_scale=True)
 
 
 @printed

@@ -4,16 +4,18 @@ L(w, λ, v) = E(w, λ) + ⟨v, Φ(w, λ) − w⟩,
 ∇_w L = r_v = ∇₁E − (I − Jᵀ)v,    ∇_λ L = ĝ = ∇₂E + Bᵀv,    J = ∂₁Φ, B = ∂₂Φ.
 """
 
+import enum
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from .compiled import Compiled, compiled_for
 from .errors import check_callable, check_same, check_scalar
 from .leaves import fresh, partition, phi_hint, settled_lam, split_lam, started, traced_once
-from .real_form import Space, norm, norms, real_dtype
+from .real_form import Space, norm, norms, random_signs, real_dtype
 from .types import Jacobian, MatVec, Outer, Phi, PyTree, ResidualMap
 
 tree = optax.tree
@@ -31,18 +33,44 @@ class Linearised(NamedTuple):
     b: MatVec
 
 
+class Form(enum.Enum):
+    """What an `Equation` evaluates: Φ; F = w − Φ of a `ResidualMap`; such an F of any scale."""
+
+    IMAGE = enum.auto()
+    RESIDUAL = enum.auto()
+    ANY_SCALE = enum.auto()
+
+
+class Terms(NamedTuple):
+    """What an F of any scale is small beside.
+
+    Attributes:
+        of_w: ∂₁F w, to which a relative tolerance is relative; for F = Aw − b it is b at the solution.
+        rounded: ∂₁F (±w), with signs as if at random so that its terms do not cancel: what of F is
+            rounded.
+    """
+
+    of_w: PyTree
+    rounded: PyTree
+
+
 class Equation(NamedTuple):
     """The equation w = Φ(w, x) on inexact leaves: w, and x for all that Φ depends on beside w.
 
     Attributes:
         function: `(w, x)` to Φ(w, x), or to F(w, x) = w − Φ(w, x) for a `ResidualMap`.
-        by_residual: Which of the two.
+        form: Which of the two.
         jaxpr: Of `function`: what collectives Φ holds.
     """
 
     function: Callable[[PyTree, PyTree], PyTree]
-    by_residual: bool
+    form: Form
     jaxpr: Any
+
+    @property
+    def by_residual(self) -> bool:
+        """Whether F is what is evaluated."""
+        return self.form is not Form.IMAGE
 
     @classmethod
     def of(
@@ -60,7 +88,7 @@ class Equation(NamedTuple):
             TypeError: Φ(w) is not like w.
         """
         w_x, w_rest, join_w = partition(w)
-        function, by_residual = precise(where, phi)
+        function, form = precise(where, phi)
 
         def on_leaves(w_x: PyTree, x: PyTree) -> PyTree:
             args, kwargs = call(x)
@@ -68,7 +96,7 @@ class Equation(NamedTuple):
 
         at, image, jaxpr = traced_once(on_leaves, w_x, x)
         check_same(where, image, w, "`phi(w, ...)`", name)
-        return cls(lambda w_x, x: partition(at(w_x, x))[0], by_residual, jaxpr)
+        return cls(lambda w_x, x: partition(at(w_x, x))[0], form, jaxpr)
 
     def phi(self, w: PyTree, x: PyTree) -> PyTree:
         """Φ(w, x)."""
@@ -79,6 +107,20 @@ class Equation(NamedTuple):
         """F(w, x) = w − Φ(w, x)."""
         value = self.function(w, x)
         return value if self.by_residual else tree.sub(w, value)
+
+    def with_terms(self, w: PyTree, x: PyTree, least: PyTree) -> tuple[PyTree, Terms]:
+        """F(w, x) of any scale, and what it is small beside; entries of w count as at least `least`."""
+        r, product = jax.linearize(lambda w: self.function(w, x), w)
+
+        def entries(x: jax.Array, least: jax.Array) -> jax.Array:
+            return jnp.where(jnp.abs(x) > least, x, least.astype(x.dtype))
+
+        size = jax.tree.map(entries, w, least)
+        return r, Terms(product(size), product(tree.mul(random_signs(size), size)))
+
+    def jacobian(self, product: MatVec, *, transposed: bool = False) -> Jacobian:
+        """M = J or Jᵀ, of products with I − M = ∂₁F."""
+        return Jacobian.from_complement(product, transposed, self.form is Form.ANY_SCALE)
 
     def space(self, w: PyTree) -> Space:
         """Where norms of pytrees like w are taken."""
@@ -101,7 +143,7 @@ class Equation(NamedTuple):
         if not self.by_residual:
             return Linearised(Jacobian(first, transposed=transposed), second)
         # I − J = ∂₁F and B = −∂₂F.
-        j = Jacobian.from_complement(first, transposed)
+        j = self.jacobian(first, transposed=transposed)
         return Linearised(j, lambda u: tree.scale(-1, second(u)))
 
 
@@ -263,17 +305,19 @@ def compiled_at(
     return compiled_for(functions, (where, function, *options), made)
 
 
-def precise(where: str, phi: Phi) -> tuple[Callable[..., PyTree], bool]:
-    """What an `Equation` evaluates, and whether it is the residual: of Φ, at the highest precision.
+def precise(where: str, phi: Phi) -> tuple[Callable[..., PyTree], Form]:
+    """What an `Equation` evaluates, and which of the two that is: of Φ, at the highest precision.
 
     The default precision of some accelerators keeps ten bits of a product, and linear solvers stall
     near 1e-3.
     """
-    by_residual = isinstance(phi, ResidualMap)
-    function = fresh(phi.residual if isinstance(phi, ResidualMap) else phi)
+    form, function = Form.IMAGE, fresh(phi)
+    if isinstance(phi, ResidualMap):
+        form = Form.ANY_SCALE if phi.any_scale else Form.RESIDUAL
+        function = fresh(phi.residual)
 
     def at_highest(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         with jax.default_matmul_precision("highest"), phi_hint(where, w, args, kwargs):
             return function(w, *args, **kwargs)
 
-    return at_highest, by_residual
+    return at_highest, form

@@ -31,11 +31,14 @@ class ResidualMap:
     Attributes:
         phi: Φ.
         residual: F, with the arguments of Φ; leaves that are not inexact may be anything.
+        any_scale: Whether F may be multiplied by any factor, since only its root matters. How small F
+            is then shows beside its derivative, not beside w.
         name: How it prints: as the call that made it.
     """
 
     phi: Callable[..., PyTree]
     residual: Callable[..., PyTree]
+    any_scale: bool = False
     name: str = "ResidualMap(...)"
 
     def __repr__(self) -> str:
@@ -201,11 +204,13 @@ class Jacobian(NamedTuple):
         product: u ↦ M u.
         complement: u ↦ (I − M) u, where it is known more accurately than as u − M u; else `None`.
         transposed: Whether M is Jᵀ, and not J.
+        any_scale: Whether I − M is that of a `ResidualMap` of any scale: its size is not about 1.
     """
 
     product: MatVec
     complement: MatVec | None = None
     transposed: bool = False
+    any_scale: bool = False
 
     def __call__(self, u: PyTree) -> PyTree:
         return self.product(u)
@@ -219,13 +224,15 @@ class Jacobian(NamedTuple):
         """The same of another matrix, given the same one of the two."""
         if self.complement is None:
             return Jacobian(known, None, self.transposed)
-        return Jacobian.from_complement(known, self.transposed)
+        return Jacobian.from_complement(known, self.transposed, self.any_scale)
 
     @classmethod
-    def from_complement(cls, complement: MatVec, transposed: bool = False) -> "Jacobian":
+    def from_complement(
+        cls, complement: MatVec, transposed: bool = False, any_scale: bool = False
+    ) -> "Jacobian":
         """Of products with I − M."""
         product = lambda u: jax.tree.map(jnp.subtract, u, complement(u))  # noqa: E731
-        return cls(product, complement, transposed)
+        return cls(product, complement, transposed, any_scale)
 
 
 def jacobian(matvec: MatVec) -> Jacobian:

@@ -17,9 +17,8 @@ from ..errors import check_callable, check_count, check_same, hint, shapes_of, s
 from ..hypergradient import Hypergradient
 from ..leaves import blank, check_arrays, is_weak, owned, partition, settled_lam, strongly_typed
 from ..lower.optimisers import check_optimizer
-from ..printing import (
-    printed,
-)
+from ..monitor import OUTER_STEP, Monitor, check_monitor, emit
+from ..printing import printed
 from ..real_form import norm, steepest_ascent
 from ..types import PyTree, failed, status_of
 from .records import BilevelInfo, BilevelState, StopReason
@@ -56,12 +55,16 @@ class Bilevel(NamedTuple):
         return self.name
 
 
+_ADAM = optax.adam(0.1)
+
+
 @printed
 def bilevel(
     hypergrad: Hypergradient,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation = _ADAM,
     *,
     project: Callable[[PyTree], PyTree] | None = None,
+    monitor: Monitor | None = None,
 ) -> Bilevel:
     """The outer loop min over λ of f(λ): λ ← P(λ + updates), the updates by optax from g(λ).
 
@@ -98,9 +101,12 @@ def bilevel(
 
     Args:
         hypergrad: The result of `hypergradient` (or anything with the same `init` and `update`).
-        optimizer: An optax optimiser; those that need the value get it as `value`.
+        optimizer: An optax optimiser; those that need the value get it as `value`. By default
+            `optax.adam(0.1)`, for λ of which a change by 0.1 is small, as for logarithms of penalties.
         project: P, `project(lam) -> lam`, such as `optax.projections.projection_box` partially
             applied; `None` for none.
+        monitor: `monitor(stage, info)`, called on the host with the `BilevelInfo` of each step, in
+            order: `progress_bar(total)`, `print_info`, or a function of yours; `None` for none.
 
     Returns:
         The functions (`init`, `step`, `run`), a `Bilevel`.
@@ -137,6 +143,7 @@ def bilevel(
     check_optimizer("bilevel", optimizer)
     if project is not None:
         check_callable("bilevel", "project", project, "project(lam) -> lam")
+    check_monitor("bilevel", monitor)
     full = optax.with_extra_args_support(optimizer)
 
     @Compiled
@@ -196,6 +203,7 @@ def bilevel(
             taken=taken,
             reason=reason,
         )
+        emit(monitor, OUTER_STEP, info)
         num_steps = state.num_steps + taken.astype(jnp.int32)
         return BilevelState(lam, hyper, optimizer_state, num_steps, reason, state.memory), info
 

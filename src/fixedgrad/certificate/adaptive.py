@@ -11,7 +11,7 @@ from jax import lax
 
 from ..compiled import Compiled
 from ..errors import check_callable, check_count, check_number, check_same
-from ..failure import check_on_failure, enforce
+from ..failure import Policy, enforce
 from ..hypergradient import (
     Hypergradient,
     HypergradientInfo,
@@ -31,6 +31,7 @@ from ..linear.assisted import Assisted, Plain, assisted
 from ..lower import solve_with_info
 from ..lower.newton import LOOSE, products_of, solve_for_w
 from ..mapped_axes import placed_like
+from ..monitor import Monitor
 from ..printing import by_name, printed
 from ..problem import Problem
 from ..real_form import ratio, real_dtype
@@ -82,6 +83,7 @@ def adaptive_hypergradient(
     start: Start = WARM,
     safety: Scalar = 1.25,
     on_failure: OnFailure = "nan",
+    monitor: Monitor | None = None,
 ) -> Hypergradient:
     """A hypergradient with ‖g − ∇f‖ ≤ max(rtol ‖∇f‖, atol), as estimated; it chooses t and k itself.
 
@@ -130,6 +132,7 @@ def adaptive_hypergradient(
         safety: Factor on the estimate.
         on_failure: What becomes of a gradient that missed the tolerance: "nan", "warn", "raise" or
             "ignore". The state says how far it came in any case.
+        monitor: As in `hypergradient`; it is called once an update.
 
     Returns:
         The pair (`init`, `update`) of the explicit form; `state.certificate` holds the estimate.
@@ -157,7 +160,7 @@ def adaptive_hypergradient(
     check_number(where, "safety", safety, lambda x: x >= 1, "a number >= 1")
     check_count(where, "max_products", max_products)
     check_start(f"`start` of `{where}`", start)
-    check_on_failure(where, on_failure)
+    policy = Policy.of(where, on_failure, monitor)
 
     def tolerance(size: jax.Array) -> jax.Array:
         """On a hypergradient of this norm."""
@@ -322,7 +325,7 @@ def adaptive_hypergradient(
         lower = solve_info(s.products.phi, c.residual_w, status)
         linear = solve_info(s.products.jt, c.residual_v, status)
         grad = placed_like(c.polished, lam)
-        grad = enforce(on_failure, "hypergradient to its tolerance", lower, grad)
+        grad = enforce(policy, "hypergradient to its tolerance", lower, grad)
         w, v = problem.join_w(s.w), problem.join_w(s.v)
         recorded = start.record(memory, w, v)
         memory = tree.where(is_failure(status), memory, recorded)

@@ -25,7 +25,7 @@ from ..real_form import (
     ratio,
     resolution,
 )
-from ..types import Jacobian, LinearSolver, MatVec, Products, PyTree, Scalar
+from ..types import LinearSolver, MatVec, Products, PyTree, Scalar
 from .loose_solves import LooseSolves, loosely, no_solves
 
 tree = optax.tree
@@ -160,7 +160,7 @@ def dual_weighted(
     size_w = norm(r_w)
     rtol = jnp.asarray(rtol, size_w.dtype)
     rtol_w = rtol * jnp.minimum(1.0, ratio(before.residual_w, size_w))
-    at_w = Jacobian.from_complement(lambda u: tangent(u)[0])
+    at_w = problem.equation.jacobian(lambda u: tangent(u)[0])
     first_w = jnp.asarray(once) | (before.amplification_w > 0)
     of_w_solve = loosely(norm, make_linear_solver, at_w, r_w, rtol_w, once, first_w)
     e_w = of_w_solve.x

@@ -22,6 +22,7 @@ collective, the system is that of all devices or elements together: norms, inner
 tests are sums over that axis. `dense` and `from_lineax` refuse there.
 """
 
+from .automatic import auto as auto
 from .conjugate import cg as cg
 from .conjugate import normal_cg as normal_cg
 from .direct import dense as dense

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..leaves import within_shard_map
+from ..leaves import is_sharded, within_shard_map
 from ..mapped_axes import inner_jaxprs, run_if
 from ..real_form import Space, random_signs, real_dtype, real_size, realified
 from ..types import LinearSolver, MatVec, PyTree, Scalar, SolveInfo, failed, jacobian
@@ -194,7 +194,7 @@ def assisted(
         w: Such leaves.
     """
     size = real_size(w)
-    if not 0 < size <= MAX_SIZE or within_shard_map() or any(map(_sharded, jax.tree.leaves(w))):
+    if not 0 < size <= MAX_SIZE or within_shard_map() or any(map(is_sharded, jax.tree.leaves(w))):
         return Plain(make_linear_solver)
     jaxpr = jax.make_jaxpr(phi)(w).jaxpr
     if any(Space.of(jaxpr, w).axes):
@@ -224,8 +224,3 @@ def operations(jaxpr: Any) -> float:
         else:
             count += out
     return count
-
-
-def _sharded(x: Any) -> bool:
-    """Whether the type of an array, of an explicit mesh, says that it is sharded."""
-    return any(part is not None for part in jax.typeof(x).sharding.spec)

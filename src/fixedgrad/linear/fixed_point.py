@@ -98,7 +98,9 @@ def fp(
             status = system.steps_status(residual_norm(x, image), start, image)
         return image, system.fixed(stop.num_steps, image, status)
 
-    return linear_solver("fp", solve, preconditioner=preconditioner)
+    # Its steps are those of Φ, whatever the size of I − M; with P they are in units of A.
+    normalised = preconditioner is not None
+    return linear_solver("fp", solve, normalised=normalised, preconditioner=preconditioner)
 
 
 @tunable

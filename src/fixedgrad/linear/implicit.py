@@ -11,16 +11,14 @@ import optax
 from jax import lax
 
 from ..errors import check_same, show
-from ..failure import enforce
+from ..failure import STAGE, Policy, enforce
 from ..leaves import closes_over_tracers, closure_converted, within_shard_map, zero_tangent
 from ..mapped_axes import casts, hoisted, varying_axes
-from ..types import Jacobian, LinearSolver, MatVec, OnFailure, PyTree, SolveInfo, jacobian
-
-STAGE = "linear solve of the derivative"
+from ..types import Jacobian, LinearSolver, MatVec, PyTree, SolveInfo, jacobian
 
 
 def implicit_solve(
-    on_failure: OnFailure,
+    policy: Policy,
     linear_solver: LinearSolver,
     matvec: MatVec,
     b: PyTree,
@@ -30,7 +28,7 @@ def implicit_solve(
 
     The rule is traced where somebody differentiates, and not before: a first derivative holds one copy
     of the solver. `x0` is the start of this solve alone; solves for derivatives of x start at zero, and
-    obey `on_failure`, which for x itself is left to the caller.
+    obey the policy, which for x itself is left to the caller.
     """
     at, consts = hoisted(matvec, b)
     # Products with I − M give −Ṁ x.
@@ -40,7 +38,7 @@ def implicit_solve(
         return run_linear_solver(linear_solver, at(consts), b, *(() if x0 is None else (x0,)))
 
     def tangent(consts: list[Any], right: PyTree) -> PyTree:
-        return linear_solve(on_failure, linear_solver, at(consts), right)
+        return linear_solve(policy, linear_solver, at(consts), right)
 
     held: tuple[list[Any], list[Any]] = [], []
     if closes_over_tracers(linear_solver):  # The rule may run after their trace has ended.
@@ -63,9 +61,7 @@ def implicit_solve(
     return solved(consts, b, x0, held)
 
 
-def linear_solve(
-    on_failure: OnFailure, linear_solver: LinearSolver, matvec: MatVec, b: PyTree
-) -> PyTree:
+def linear_solve(policy: Policy, linear_solver: LinearSolver, matvec: MatVec, b: PyTree) -> PyTree:
     """X as a linear function of b, which JAX can transpose: to the same solver on I − Mᵀ.
 
     The policy is applied within each of these solves: outside, its factor would depend on the tangent,
@@ -76,7 +72,7 @@ def linear_solve(
         def solve(rhs: PyTree) -> PyTree:
             # M, not the I − M that `custom_linear_solve` offers: x − (x − M x) would lose digits.
             x, info = run_linear_solver(linear_solver, m, rhs)
-            return enforce(on_failure, STAGE, info, x)
+            return enforce(policy, STAGE, info, x)
 
         return solve
 

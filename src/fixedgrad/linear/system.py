@@ -18,6 +18,7 @@ from ..real_form import (
     Space,
     of_product,
     power_of_two,
+    random_signs,
     real_dtype,
     realified,
     resolution,
@@ -51,7 +52,7 @@ class System(NamedTuple):
         x0: The start; `None` for zero.
         space: Where norms and inner products are taken.
         norm: ‖b‖.
-        scale: What b and x were divided by.
+        scale: What b was divided by.
         eps: What a product can resolve.
         precondition: The product with P ≈ A⁻¹; `None` for none.
     """
@@ -202,6 +203,7 @@ def linear_solver(
     solve: Callable[[System], tuple[PyTree, SolveInfo]],
     *,
     scaled: bool = True,
+    normalised: bool = True,
     direct: bool = False,
     preconditioner: Any = None,
     ridge: Scalar = 0.0,
@@ -210,6 +212,8 @@ def linear_solver(
 
     `scaled` is for solvers that square the entries of b, `direct` for those that cannot solve a system
     which collectives spread over a mapped axis. With a ridge ρ the system is (I − M + ρI) x = b.
+    `normalised` is for those that need ‖I − M‖ to be about 1, as it is for a contraction: where I − M
+    is of any scale it is divided by that.
     """
     check_preconditioner(where, preconditioner)
     check_number(where, "ridge", ridge, lambda x: 0 <= x < jnp.inf, "a finite number >= 0")
@@ -237,20 +241,47 @@ def linear_solver(
         scale = power_of_two(real, space.together) if scaled else jnp.ones((), real_dtype(b))
         real = tree.scale(1 / scale, real)
         norm = space.norm(real) if scaled else space.size(real)
+        matvec, product = in_real_form(m, to_real, from_real, ridge)
+        of_x, precondition = scale, None
+        if preconditioner is not None:
+            precondition = applied(preconditioner, m, product, b, real, space, to_real, from_real)
+        if normalised and m.any_scale:  # With A/u, u = ‖A‖, the solution is that of A times u.
+            size = _size(product, real, space)
+            of_x = scale / size
+            matvec, product, precondition = _divided(size, product, precondition)
         start = None
         if x0 is not None:
-            start = tree.where(norm > 0, tree.scale(1 / scale, to_real(x0)), tree.zeros_like(real))
+            start = tree.where(norm > 0, tree.scale(1 / of_x, to_real(x0)), tree.zeros_like(real))
 
-        matvec, product = in_real_form(m, to_real, from_real, ridge)
-        system = System(matvec, product, real, start, space, norm, scale, resolution(b))
-        if preconditioner is not None:
-            p = applied(preconditioner, m, product, b, real, space, to_real, from_real)
-            system = system._replace(precondition=p)
+        system = System(
+            matvec, product, real, start, space, norm, scale, resolution(b), precondition
+        )
         x, info = solve(system)
         info = info._replace(residual=info.residual * scale, tolerance=info.tolerance * scale)
-        return from_real(tree.scale(scale, x)), info
+        return from_real(tree.scale(of_x, x)), info
 
     return solver
+
+
+def _size(product: MatVec, like: PyTree, space: Space) -> jax.Array:
+    """About ‖A‖, as a power of two: what A makes of a vector of signs as if at random."""
+    signs = random_signs(like)
+    size = space.size(product(signs)) / space.norm(signs)
+    return power_of_two(jnp.where(jnp.isfinite(size), size, 1.0))
+
+
+def _divided(
+    size: jax.Array, product: MatVec, precondition: MatVec | None
+) -> tuple[MatVec, MatVec, MatVec | None]:
+    """Products with I − A/size, with A/size, and with size · P for P ≈ A⁻¹."""
+
+    def of_a(u: PyTree) -> PyTree:
+        return tree.scale(1 / size, product(u))
+
+    def of_p(u: PyTree) -> PyTree:
+        return tree.scale(size, precondition(u))
+
+    return lambda u: tree.sub(u, of_a(u)), of_a, None if precondition is None else of_p
 
 
 def in_real_form(

@@ -16,10 +16,12 @@ from .checkpoints import nested as nested
 from .checkpoints import recursive as recursive
 from .checkpoints import rematerialised as rematerialised
 from .host import from_host as from_host
+from .newton import NEWTON as NEWTON
 from .newton import newton as newton
 from .optimisers import from_optax as from_optax
 from .picard import picard as picard
 from .solver import CheckedSolver as CheckedSolver
+from .solver import ForPhi as ForPhi
 from .solver import exact_steps_info as exact_steps_info
 from .solver import held_to_phi as held_to_phi
 from .solver import iterates as iterates

@@ -18,16 +18,15 @@ from ..estimators import check_linear_solver
 from ..failure import check_on_failure
 from ..iteration import Measured, stopping, verdict
 from ..leaves import partition, started, stopped_by_residual
-from ..linear import gmres
+from ..linear import auto, gmres
 from ..linear.assisted import WORTHWHILE, Assisted, Plain
 from ..linear.system import Kept, Reusable
 from ..linear.tunable import loosened
 from ..mapped_axes import packed_loop, run_if
 from ..printing import printed
-from ..problem import Equation, Problem
-from ..real_form import LAST_DIGITS, ratio, real_dtype, resolution
+from ..problem import Equation, Form, Problem
+from ..real_form import LAST_DIGITS, random_signs, ratio, real_dtype, resolution
 from ..types import (
-    Jacobian,
     LinearSolver,
     OnFailure,
     Phi,
@@ -40,7 +39,7 @@ from ..types import (
     solve_info,
     status_where,
 )
-from .solver import CheckedSolver, Lower
+from .solver import CheckedSolver, ForPhi, Lower
 
 tree = optax.tree
 
@@ -123,7 +122,8 @@ def newton(
         w0 = started("newton", phi, w0, args, kwargs)
         equation = Equation.of("newton", phi, w0, (), lambda _: (args, kwargs), "`w0`")
         w_x, w_rest, join = partition(w0)
-        lower = Lower(lambda w: equation.phi(w, ()), w_x, equation.space(w_x))
+        unscaled = equation if equation.form is Form.ANY_SCALE else None
+        lower = Lower(lambda w: equation.phi(w, ()), w_x, equation.space(w_x), unscaled)
         if not jax.tree.leaves(w_x):  # Nothing to solve.
             return w0, lower.exact_steps(0, w_x), None
 
@@ -159,6 +159,13 @@ def newton(
     if reusable is None:
         return CheckedSolver(solve, on_failure, phi)
     return CheckedSolver(solve, on_failure, phi, (reusable.preconditioner, solve_with))
+
+
+NEWTON = ForPhi(
+    lambda phi: newton(phi, max_steps=100, rtol=1e-8, linear_solver=auto(at_once=64)),
+    "newton(phi, max_steps=100, rtol=1e-08, linear_solver=auto(at_once=64))",
+)
+"""What finds w where nobody says how."""
 
 
 class Newton(NamedTuple):
@@ -264,6 +271,15 @@ def newton_krylov(
     def scaled(share: jax.Array, e: PyTree) -> PyTree:
         return jax.tree.map(lambda x: share.astype(x.dtype) * x, e)
 
+    unit = jnp.ones((), dtype)  # A plain step takes F as it is; an F of any scale in units of ∂₁F.
+    if equation.form is Form.ANY_SCALE:
+        signs = random_signs(w)
+        _, change = jax.jvp(lambda u: equation.residual(u, x), (w,), (signs,))
+        unit = ratio(size_of(signs), size_of(change))
+
+    def plain(u: PyTree, r: PyTree) -> PyTree:
+        return tree.sub(u, scaled(unit, r) if equation.form is Form.ANY_SCALE else r)
+
     def unfinished(s: Newton) -> jax.Array:
         return ~s.met & jnp.isfinite(s.measured.norm) & affordable(s)
 
@@ -273,7 +289,7 @@ def newton_krylov(
         # No more accurate than the goal asks for.
         least = jnp.clip(0.5 * ratio(now.tolerance, now.norm), _FINEST, _COARSEST)
         forcing = jnp.maximum(s.forcing, least)
-        matvec = Jacobian.from_complement(product)
+        matvec = equation.jacobian(product)
         kept = solves.prepared(s.kept, matvec, r)
         e, info = solves.solver(kept, forcing.astype(real_dtype(w)))(matvec, r)
         missed, residual = failed(info), info.residual.astype(dtype)
@@ -296,8 +312,11 @@ def newton_krylov(
             settled = ~is_plain & ~shrunk & (now.norm <= now.floor)
             shorter = ~is_plain & (t.theta > 0.5**halvings)
             theta = t.theta / 2
-            turned = tree.where(shorter, tree.sub(s.w, scaled(theta, e)), tree.sub(s.w, r))
-            onward = tree.where(is_plain, image, turned)
+            turned = tree.where(shorter, tree.sub(s.w, scaled(theta, e)), plain(s.w, r))
+            following = image
+            if equation.form is Form.ANY_SCALE:
+                following = plain(t.u, equation.residual(t.u, x))
+            onward = tree.where(is_plain, following, turned)
             return _Trial(
                 tree.where(found, t.u, onward),
                 theta,
@@ -310,7 +329,7 @@ def newton_krylov(
             )
 
         none, false, one = jnp.int32(0), jnp.asarray(False), jnp.ones((), dtype)
-        u = tree.where(useless, tree.sub(s.w, r), tree.sub(s.w, e))
+        u = tree.where(useless, plain(s.w, r), tree.sub(s.w, e))
         t = _Trial(u, one, jnp.where(useless, 1, none), now.norm, now, false, false, none)
         t = packed_loop(lambda t: ~t.found & ~t.settled, look, t)
         left = jnp.where(missed, residual, forcing * now.norm)

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from ..failure import enforce, zero_where
+from ..failure import Policy, enforce, zero_where
 from ..iteration import Measured, Stopping, iterate, iterate_keeping
 from ..leaves import closure_converted, is_inexact, partition, within_shard_map
 from ..mapped_axes import casts, largest, steady, varying_axes
@@ -210,7 +210,7 @@ def until(
 
     def judged(done: Forward, w_bar: PyTree, left: PyTree, bars: PyTree) -> PyTree:
         info = agreed(enough_steps(lower.space, done, w_bar, left), bars)
-        return enforce(on_failure, _STAGE, info, bars)
+        return enforce(Policy(on_failure), _STAGE, info, bars)
 
     return _with_reverse(lower.phi, lower.w0, run, kept, judged, held)
 

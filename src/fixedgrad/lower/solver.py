@@ -10,16 +10,17 @@ import numpy as np
 import optax
 
 from ..errors import check_same
-from ..failure import enforce_value
+from ..failure import LOWER_STAGE, Policy, enforce_value
 from ..iteration import Measured, Stopping, joint_tolerance
 from ..leaves import fresh, is_inexact, partition, phi_hint, started, traced_once
 from ..linear.system import Reusable
-from ..problem import Equation
+from ..problem import Equation, Form
 from ..real_form import EVALUATION, Space, nudged, of_iterate, realified
 from ..types import (
     OnFailure,
     Phi,
     PyTree,
+    ResidualMap,
     Scalar,
     SolveInfo,
     Solver,
@@ -58,7 +59,23 @@ class CheckedSolver:
 
     def __call__(self, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         w, info = self.with_info(w0, *args, **kwargs)
-        return enforce_value(self.on_failure, "lower-level solve", info, w)
+        return enforce_value(Policy(self.on_failure), LOWER_STAGE, info, w)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class ForPhi:
+    """A lower-level solver that is made when Φ is known.
+
+    Attributes:
+        make: From Φ to the solver.
+        name: How it prints.
+    """
+
+    make: Callable[[Phi], Solver]
+    name: str
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 def sharing(
@@ -105,12 +122,20 @@ def held_to_phi(
 
     This is the least to ask before w is differentiated as a fixed point of Φ. Where the solution is
     w = 0, Φ(w) need not be like any w ≠ 0: what w was at the start tells that such a w is next to
-    nothing.
+    nothing. An F of any scale is held to what it is made of in the place of w.
     """
-    r, space = equation.residual(w, x), equation.space(w)
-    residual = space.size_of(r)
-    size = jnp.maximum(space.size_of(w), space.size_of(optax.tree.sub(w, r)))
-    far = (residual > 0.9 * size) & (residual > 0.01 * space.size_of(w0))
+    size = equation.space(w).size_of
+    if equation.form is Form.ANY_SCALE:
+        least = jax.tree.map(lambda x: 0.1 * jnp.abs(x) + float(jnp.finfo(x.dtype).eps), w0)
+        r, beside = equation.with_terms(w, x, least)
+        residual = size(r)
+        # Of an F that grows like a power of w both are multiples of F far from a root.
+        far = (residual > 0.1 * size(beside.of_w)) & (residual > 0.1 * size(beside.rounded))
+    else:
+        r = equation.residual(w, x)
+        residual = size(r)
+        large = jnp.maximum(size(w), size(optax.tree.sub(w, r)))
+        far = (residual > 0.9 * large) & (residual > 0.01 * size(w0))
     if info is None:
         info = solve_info(0, residual, Status.NOT_RUN)._replace(converged=jnp.asarray(True))
     far &= ~failed(info)
@@ -125,11 +150,13 @@ class Lower(NamedTuple):
         phi: Φ of w alone.
         w0: The start, as arrays that a loop over Φ can carry.
         space: Where residuals are measured.
+        unscaled: The equation on inexact leaves where its F is of any scale, else `None`.
     """
 
     phi: Callable[[PyTree], PyTree]
     w0: PyTree
     space: Space
+    unscaled: Equation | None = None
 
     def exact_steps(self, num_steps: int, w: PyTree) -> SolveInfo:
         """The info after exactly `num_steps`; its one Φ runs where somebody reads it."""
@@ -145,32 +172,38 @@ class Lower(NamedTuple):
         with `nudged` one more Φ shows how far their last digits move each leaf. An iteration need not
         ask; it stops shrinking there.
         """
-        after = _inexact(image)
+        before, after, first = map(_inexact, (w, image, self.w0))
         to_real, _ = realified(after)
-        real = to_real(after)
-        r = optax.tree.sub(real, to_real(_inexact(w)))
-        norm, scale = self.space.sizes(r, real)
-        sizes, scales = self.space.entries(r), self.space.entries(real)
-        eps = np.array([float(jnp.finfo(x.dtype).eps) for x in after])
+        entries, eps = self.space.entries, [float(jnp.finfo(x.dtype).eps) for x in after]
         # A leaf whose solution is zero shrinks for ever: what it has lost all digits of it is rid of.
-        first = self.space.entries(to_real(_inexact(self.w0)))
-        scales = jnp.maximum(scales, eps.astype(scales.dtype) * first)
-        multiple = of_iterate(eps).astype(scales.dtype)
-        rounding = multiple * scales
-        if nudged and len(after) > 1:
+        if self.unscaled is None:
+            real = to_real(after)
+            r, terms, scale = optax.tree.sub(real, to_real(before)), [real], entries(real)
+            lost = np.array(eps).astype(scale.dtype) * entries(to_real(first))
+            scales = [jnp.maximum(scale, lost)]
+        else:
+            w_x, first_x = (partition(tree)[0] for tree in (w, self.w0))
+            least = jax.tree.map(lambda x: float(jnp.finfo(x.dtype).eps) * jnp.abs(x), first_x)
+            f, beside = self.unscaled.with_terms(w_x, (), least)
+            r, *terms = (to_real(_inexact(x)) for x in (f, *beside))
+            scales = list(map(entries, terms))
+        norm, *known = self.space.sizes(r, *terms)
+        sizes, multiple = entries(r), of_iterate(np.array(eps)).astype(norm.dtype)
+        rounding = multiple * scales[-1]
+        if nudged and len(after) > 1 and self.unscaled is None:
             moved = to_real(_inexact(self.phi(_nudged(w))))
-            rounding += self.space.entries(optax.tree.sub(moved, real))
-        tolerance = joint_tolerance(stop, norm, scale, sizes, scales)
+            rounding += entries(optax.tree.sub(moved, real))
+        tolerance = joint_tolerance(stop, norm, known[0], sizes, scales[0])
         largest = multiple.max(initial=0)
-        rounded = jnp.all(sizes <= rounding) if len(after) > 1 else norm <= largest * scale
-        return Measured(norm, tolerance, EVALUATION * largest * scale, rounded)
+        rounded = jnp.all(sizes <= rounding) if len(after) > 1 else norm <= largest * known[-1]
+        return Measured(norm, tolerance, EVALUATION * largest * known[-1], rounded)
 
 
 def lower_level(
     where: str, phi: Phi, w0: PyTree, args: PyTree, kwargs: PyTree, name: str = "`w0`"
 ) -> Lower:
     """The equation of one call; raises `TypeError` where Φ(w0) does not look like `w0`."""
-    phi = fresh(phi)
+    given, phi = phi, fresh(phi)
     w0 = started(where, phi, w0, args, kwargs)
 
     def at(w: PyTree) -> PyTree:
@@ -179,7 +212,10 @@ def lower_level(
     with phi_hint(where, w0, args, kwargs):
         at, image, jaxpr = traced_once(at, w0)
     check_same(where, image, w0, "`phi(w, ...)`", name)
-    return Lower(at, w0, Space.of(jaxpr, _inexact(w0)))
+    equation = None
+    if isinstance(given, ResidualMap) and given.any_scale:
+        equation = Equation.of(where, given, w0, (), lambda _: (args, kwargs), name)
+    return Lower(at, w0, Space.of(jaxpr, _inexact(w0)), equation)
 
 
 def _inexact(w: PyTree) -> list[jax.Array]:

@@ -1,4 +1,4 @@
-"""`fixed_point`: the decorator that gives any solver of w = Φ(w, λ) the derivatives of an estimator.
+"""The rule behind `fixed_point` and `root`: the derivatives that an estimator gives to any solver.
 
 The only place that gives derivatives of w(λ) by `jax.custom_vjp` and `jax.custom_jvp`. `recursive` has
 a `jax.custom_vjp` for its own steps; `from_host` and solvers with a tolerance have a `jax.custom_jvp`
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .compiled import Compiled
-from .errors import check_callable, check_same, hint, no_custom_vjp, shapes_of, show
-from .estimators import check_estimator
-from .failure import check_on_failure, enforce, enforce_value
-from .leaves import (
+from ..compiled import Compiled
+from ..errors import check_callable, check_same, hint, no_custom_vjp, shapes_of, show
+from ..estimators import check_estimator
+from ..failure import LOWER_STAGE, STAGE, Policy, enforce, enforce_value
+from ..leaves import (
     SOLVED,
     check_arrays,
     check_phi,
@@ -27,19 +27,19 @@ from .leaves import (
     within_shard_map,
     zero_tangent,
 )
-from .linear.implicit import STAGE, implicit_solve, linear_solve
-from .linear.system import Reusable
-from .lower import held_to_phi, iterates, sharing, solve_with_info
-from .mapped_axes import run_if
-from .problem import Equation, precise
-from .signatures import same_arguments
-from .types import (
+from ..linear.implicit import implicit_solve, linear_solve
+from ..linear.system import Reusable
+from ..lower import held_to_phi, iterates, sharing, solve_with_info
+from ..mapped_axes import run_if
+from ..monitor import emit
+from ..problem import Equation, Form, precise
+from ..signatures import same_arguments
+from ..types import (
     Decorated,
     Estimator,
     Implicit,
     LinearSolver,
     MatVec,
-    OnFailure,
     Phi,
     PyTree,
     Solve,
@@ -72,123 +72,41 @@ _FORWARD_PHI = (
 )
 
 
-def fixed_point(
-    phi: Phi, estimator: Estimator, *, has_aux: bool = False, on_failure: OnFailure = "nan"
+def decorator(
+    where: str,
+    phi: Phi,
+    named: Callable[..., Any],
+    estimator: Estimator,
+    has_aux: bool,
+    policy: Policy,
 ) -> Callable[[Solver], Decorated]:
-    """Gives a solver of w = Φ(w, λ) the derivatives of w(λ), as `estimator` approximates them.
-
-        w(λ) = Φ(w(λ), λ),    w'(λ) = (I − J)⁻¹ B,    J = ∂₁Φ, B = ∂₂Φ at the solver's w.
-
-    The decorated solver computes what the solver computes. `grad`, `vjp`, `jacrev`, `hessian`, `jit`
-    and `vmap` of it work, in any nesting; with `forward(estimator)` or `itd()` also `jvp`, `jacfwd`
-    and `linearize`.
-
-    - All arguments after `w0`, positional or by keyword, go to Φ as they go to the solver, and are
-      differentiated: any pytrees. Integers, booleans, PRNG keys and `None` ride along without a
-      gradient; leaves that are not arrays (functions, strings) are static. Φ and the solver may
-      name them differently; where both give one name to another place or to another default, the
-      call is refused.
-    - What Φ closes over is differentiated like an argument.
-    - `aid` and `truncated_itd` never differentiate the solver: a `while_loop`, a host callback or a
-      call of another library will do. The gradient with respect to `w0` is then zero by construction.
-    - The decorated solver is compiled once for given shapes. So jit's rule for closures holds: what Φ
-      and the solver close over is fixed, or traced by the transformation in which the decorated
-      solver is made. Python that needs concrete values goes through `from_host`.
-    - Within a `vmap` with an `axis_name` Φ may hold collectives over that axis. The rule is then that
-      of `forward(estimator)`.
-    - On several devices, arrays that are sharded stay so, and so do their gradients. Within a
-      `shard_map` Φ may hold collectives, w replicated or spread along their axes; where it is spread,
-      norms and inner products are sums over these axes.
-    - Under `vmap` a solve with a tolerance runs until its slowest element is done, the others waiting;
-      `jax.lax.map(..., batch_size=...)` runs them one after another, or in chunks of like difficulty.
-    - Products with Φ's Jacobians are taken at `jax.default_matmul_precision("highest")`, since the
-      default of some accelerators stalls linear solvers near 1e-3. A `precision` that Φ gives
-      explicitly is kept.
-
-    Φ must have what the derivative asks of it. Reverse mode, always: no `while_loop` and no
-    `jax.custom_batching.custom_vmap`, which have none; a solver within Φ is decorated by itself.
-    Forward mode too, for `forward(estimator)` and for second derivatives of `aid`: no
-    `jax.custom_vjp`; a solver within Φ is decorated with `forward(...)`. And `vmap` for `dense`.
-
-    Assumed, not checked: that Φ has the fixed point which the solver approaches; a w that Φ moves by
-    as much as w itself is seen (`NOT_FIXED`). A tolerance in `picard`, or `with_tolerance`, has more
-    checked. Nor that Φ is a pure function: what it draws from NumPy's or Python's random generators
-    is drawn once, while it is traced, and is a constant of the compiled program ever after (pass a key
-    of `jax.random` as an argument); NumPy on a traced w is an error of JAX.
-
-    Cost: the solver's, and one Φ where that was not made for this Φ; for derivatives the
-    estimator's.
-    Memory: w and the arguments are kept for the backward pass, nothing else (`itd`: all iterates; a
-    `preconditioner` that `newton` and the estimator's linear solver share: its state).
-    When not to use it: where the value of f, warm starts or the info of the solves are wanted
-    beside the gradient (`hypergradient`); for a cheap loop of a few steps that JAX may as well
-    differentiate.
-    Programs that call back to the host cannot be exported by `jax.export`: a solver of `from_host`,
-    and derivatives under `on_failure` "warn" or "raise".
-
-    Args:
-        phi: `phi(w, *args, **kwargs) -> w`.
-        estimator: `itd()`, `truncated_itd(...)`, `aid(...)`, `forward(...)`.
-        has_aux: The solver returns `(w, aux)`; so does the decorated solver, with `aux` detached: its
-            derivative is zero by construction. An `aux` that is a `SolveInfo` is the solver's verdict
-            on itself too.
-        on_failure: What becomes of w and of its derivatives when a solve behind them failed, that is
-            missed its tolerance or broke down (`Status`): "nan" (each element of a batch by itself),
-            "zero", "warn", "raise" or "ignore". Exact `num_steps` fail where they have led nowhere, not
-            for lack of accuracy. Under "zero" the derivatives of a failed element are zero and its w
-            stays as it is, so that one element of a batch does not ruin what all share. "warn" and
-            "raise" call back to the host.
-
-    Returns:
-        A decorator of solvers `solver(w0, *args, **kwargs) -> w`. The decorated solver has a
-        `with_info(w0, *args, **kwargs) -> (w, info)`, with `has_aux` `((w, aux), info)`: what the
-        solver says of itself, detached; the residual alone where it says nothing, `None` under `itd`.
-
-    Raises:
-        TypeError: `phi` or the solver is not callable, `estimator` is not an `Estimator`, `has_aux`
-            not a bool; Φ and the solver name their parameters in another order; when called, a
-            parameter that is not given has another default in Φ than in the solver, or Φ(w) differs
-            from w in structure, shapes or dtypes.
-        ValueError: `on_failure` is none of the four.
-
-    >>> import fixedgrad as fg
-    >>> def phi(w, lam):
-    ...     return jnp.tanh(0.5 * w + lam)
-    >>> @fg.fixed_point(phi, fg.aid(fg.cg(num_steps=5)))
-    ... def solve(w0, lam):
-    ...     return jax.lax.fori_loop(0, 60, lambda _, w: phi(w, lam), w0)
-    >>> round(float(jax.grad(lambda lam: solve(jnp.zeros(()), lam))(0.3)), 6)
-    1.19787
-
-    References:
-        Grazzi et al., ICML 2020, equations (4), (9) and (10).
-    """
-    check_callable("fixed_point", "phi", phi, "phi(w, *args) -> w")
-    check_estimator("fixed_point", estimator)
-    check_on_failure("fixed_point", on_failure)
+    """The decorator `where`; the arguments after w have the names that they have in `named`."""
+    check_estimator(where, estimator)
     if not isinstance(has_aux, bool):
-        raise TypeError(f"`has_aux` of `fixed_point` must be a bool, got {show(has_aux)}.")
+        raise TypeError(f"`has_aux` of `{where}` must be a bool, got {show(has_aux)}.")
 
     def decorate(solver: Solver) -> Decorated:
-        check_callable("fixed_point", "solver", solver, "solver(w0, *args) -> w")
-        check = same_arguments("fixed_point", phi, solver)
+        check_callable(where, "solver", solver, "solver(w0, *args) -> w")
+        check = same_arguments(where, named, solver)
         reusable = None
         if isinstance(estimator, Implicit):
             reusable = Reusable.of(estimator.linear_solver)
 
         def call(informed: bool, w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+            run = functools.partial(_run, where, solver, has_aux, reusable)
             if isinstance(estimator, Unrolled):
-                w, aux, info, _ = _run(solver, has_aux, None, w0, args, kwargs)
-                check_phi("fixed_point", phi, w, SOLVED, args, kwargs)
+                w, aux, info, _ = run(w0, args, kwargs)
+                check_phi(where, phi, w, SOLVED, args, kwargs)
             else:
-                run = functools.partial(_run, solver, has_aux, reusable)
                 judged = not iterates(solver, phi)
                 w, aux, info = _implicit(
-                    phi, run, judged, estimator, reusable, on_failure, w0, args, kwargs
+                    where, phi, run, judged, estimator, reusable, policy, w0, args, kwargs
                 )
             aux, info = lax.stop_gradient((aux, info))
-            if not informed:  # Who gets the info decides by it.
-                w = enforce_value(on_failure, "lower-level solve", info, w)
+            if informed:  # Who gets the info decides by it.
+                emit(policy.monitor, LOWER_STAGE, info)
+            else:
+                w = enforce_value(policy, LOWER_STAGE, info, w)
             out = (w, aux) if has_aux else w
             return (out, info) if informed else out
 
@@ -201,7 +119,7 @@ def fixed_point(
 
             def solve(w0: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
                 check(args, kwargs)
-                check_arrays("fixed_point", "w0", w0)
+                check_arrays(where, "w0", w0)
                 with no_custom_vjp(refused):
                     return run(w0, *args, **kwargs)
 
@@ -218,12 +136,13 @@ def fixed_point(
 
 
 def _implicit(
+    where: str,
     phi: Phi,
     run: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree, SolveInfo | None, PyTree]],
     judged: bool,
     estimator: Implicit,
     reusable: Reusable | None,
-    on_failure: OnFailure,
+    policy: Policy,
     w0: PyTree,
     args: PyTree,
     kwargs: PyTree,
@@ -236,12 +155,13 @@ def _implicit(
     every mode, since second derivatives differentiate the iterate w in the residuals.
 
     Args:
+        where: The decorator, for messages.
         phi: Φ.
         run: `(w0, args, kwargs) -> (w, aux, info, made)`, the solver.
         judged: Whether w is to be held to Φ, since the solver may not have been.
         estimator: Whose rule it is.
         reusable: Its linear solver, where the solver may have `made` the state of its preconditioner.
-        on_failure: The policy of solves for derivatives.
+        policy: That of solves for derivatives.
         w0: The start.
         args: The arguments after it.
         kwargs: Those by keyword.
@@ -251,14 +171,15 @@ def _implicit(
     *given, join_given = partition((args, kwargs))
     solver = closure_converted(lambda w0, *given: run(w0, *join_given(*given)), w0, *given)
     w_like = solver.shapes[0]
-    function, by_residual = precise("fixed_point", phi)
+    function, form = precise(where, phi)
 
     def at_given(w: PyTree, *given: PyTree) -> PyTree:
         args, kwargs = join_given(*given)
         return function(w, *args, **kwargs)
 
     image = closure_converted(at_given, w_like, *given)
-    check_same("fixed_point", image.shapes, w_like, "`phi(w, ...)`", SOLVED)
+    name = "`phi(w, ...)`" if form is not Form.ANY_SCALE else "`residual(w, ...)`"
+    check_same(where, image.shapes, w_like, name, SOLVED)
     x, rest, join = partition((given, image.values, solver.values))
     *_, join_w = partition(w_like)
 
@@ -275,13 +196,13 @@ def _implicit(
             given, closure, _ = join(x, rest)
             return partition(image.function(join_w(w_x, w_rest), *given, *closure))[0]
 
-        return Equation(packed, by_residual, image.jaxpr)
+        return Equation(packed, form, image.jaxpr)
 
     def solve_linearly(
         linear_solver: LinearSolver, matvec: MatVec, b: PyTree
     ) -> tuple[PyTree, SolveInfo]:
         unknown = solve_info(0, jnp.zeros(()), 0)
-        return linear_solve(on_failure, linear_solver, matvec, b), unknown
+        return linear_solve(policy, linear_solver, matvec, b), unknown
 
     def at_found(
         solve: Solve, w: PyTree, x: PyTree, rest: PyTree, found: PyTree
@@ -306,9 +227,9 @@ def _implicit(
         return at, solve_sharing
 
     def pull_at(w: PyTree, x: PyTree, rest: PyTree, found: PyTree, w_bar: PyTree) -> PyTree:
-        at, solve = at_found(functools.partial(implicit_solve, on_failure), w, x, rest, found)
+        at, solve = at_found(functools.partial(implicit_solve, policy), w, x, rest, found)
         back = estimator.vjp(at, w, x, w_bar, solve)
-        return enforce(on_failure, STAGE, back.info, back.x_bar)
+        return enforce(policy, STAGE, back.info, back.x_bar)
 
     def push_at(w: PyTree, x: PyTree, rest: PyTree, found: PyTree, x_dot: PyTree) -> PyTree:
         at, solve = at_found(solve_linearly, w, x, rest, found)
@@ -373,6 +294,7 @@ def _implicit(
 
 
 def _run(
+    where: str,
     solver: Solver,
     has_aux: bool,
     reusable: Reusable | None,
@@ -392,12 +314,10 @@ def _run(
             out, info, made = shared(None, w0, args, kwargs)
     if out is None or (has_aux and not (isinstance(out, tuple) and len(out) == 2)):
         wanted = "the pair `(w, aux)`, since `has_aux=True`" if has_aux else "w"
-        raise TypeError(
-            f"The solver under `fixed_point` must return {wanted}, got {shapes_of(out)}."
-        )
+        raise TypeError(f"The solver under `{where}` must return {wanted}, got {shapes_of(out)}.")
     w, aux = out if has_aux else (out, ())
-    check_arrays("fixed_point", "w", w)
-    check_arrays("fixed_point", "aux", aux)
+    check_arrays(where, "w", w)
+    check_arrays(where, "aux", aux)
     if info is None and isinstance(aux, SolveInfo):  # As `with_info` of `picard` has it.
         info = aux
     return jax.tree.map(jnp.asarray, w), aux, info, made
