@@ -35,7 +35,7 @@ from .lower import (
 )
 from .mapped_axes import placed_like, run_if
 from .monitor import Monitor
-from .printing import count, member, number, printed, record, shapes_in, values_of
+from .printing import count, html, member, number, printed, record, shapes_in, values_of
 from .problem import Problem
 from .signatures import same_arguments
 from .starts import COLD, Start, check_start
@@ -109,6 +109,11 @@ class HypergradientState(NamedTuple):
             *(f"{stage} {member(Status, status)}" for stage, status in names),
             *(() if self.certificate is None else (repr(self.certificate),)),
         )
+
+    def _repr_html_(self) -> str:
+        stages = {} if self.info is None else self.info._asdict()
+        shown = {"f": self.value, "w": self.w, **stages, "num_updates": self.num_updates}
+        return html(type(self).__name__, shown | {"certificate": self.certificate})
 
 
 class Hypergradient(NamedTuple):

@@ -10,6 +10,7 @@ import enum
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from html import escape
 from typing import Any, TypeVar, cast
 
 import jax
@@ -131,3 +132,38 @@ def tally(noun: str, names: Iterable[str]) -> str:
     counted = collections.Counter(names)
     parts = ", ".join(f"{n} {name}" for name, n in counted.most_common())
     return f"{count(counted.total(), noun)}: {parts}"
+
+
+def html(caption: str, fields: dict[str, Any], **kinds: type[enum.IntEnum]) -> str:
+    """Fields as a table, for notebooks; `kinds` are those of fields that are codes."""
+    cells = {name: _cell(x, kinds.get(name)) for name, x in fields.items()}
+    return html_table(caption, (), [[name, x] for name, x in cells.items() if x])
+
+
+def html_table(caption: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in HTML; the first cell of each row is what the row is about."""
+    style = "text-align: left"
+    lines = [f'<table><caption style="{style}"><b>{escape(caption)}</b></caption>']
+    if header := list(header):
+        lines.append(f"<tr>{''.join(f'<th>{escape(x)}</th>' for x in header)}</tr>")
+    for first, *others in rows:
+        cells = "".join(f'<td style="{style}">{escape(x)}</td>' for x in others)
+        lines.append(f'<tr><th style="{style}">{escape(first)}</th>{cells}</tr>')
+    return "".join([*lines, "</table>"])
+
+
+def _cell(value: Any, kind: type[enum.IntEnum] | None) -> str:
+    """A value for a person: a number, the name of a code, a record as it prints, or shapes."""
+    if value is None or (isinstance(value, tuple) and not value):
+        return ""
+    known = values_of(value)
+    if known is None:
+        return repr(value) if hasattr(value, "_replace") else shapes_of(value)
+    x = known[0]
+    if x.ndim:
+        return shapes_of(value)
+    if kind is not None:
+        return member(kind, x)
+    if x.dtype == bool:
+        return "yes" if x else "no"
+    return f"{x.item()}" if np.issubdtype(x.dtype, np.integer) else number(x)

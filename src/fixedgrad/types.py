@@ -172,6 +172,11 @@ class SolveInfo(NamedTuple):
             text += f" {sign} {printing.number(tolerance)}"
         return printing.record(self, f"{names[0]} after {printing.count(num_steps, 'step')}", text)
 
+    def _repr_html_(self) -> str:
+        from . import printing
+
+        return printing.html(type(self).__name__, self._asdict(), status=Status)
+
 
 class Products(NamedTuple):
     """Counts of evaluations of Φ, of products with J, and of products with Jᵀ; int32."""
@@ -179,6 +184,15 @@ class Products(NamedTuple):
     phi: jax.Array
     j: jax.Array
     jt: jax.Array
+
+    def __repr__(self) -> str:
+        from . import printing
+
+        known = printing.values_of(*self)
+        if known is None or max(x.ndim for x in known):
+            return printing.shapes_in(self)
+        names = zip(("Φ", "J", "Jᵀ"), known, strict=True)
+        return printing.record(self, *(f"{count} {name}" for name, count in names))
 
 
 def solve_info(

@@ -11,6 +11,8 @@ from ..errors import shapes_of
 from ..hypergradient import HypergradientState
 from ..printing import (
     count,
+    html,
+    html_table,
     member,
     number,
     record,
@@ -19,6 +21,9 @@ from ..printing import (
     values_of,
 )
 from ..types import PyTree, Status
+
+_SHOWN = 3  # Steps of a history that a notebook shows, from its beginning and from its end.
+_COLUMNS = "step", "f(λ)", "‖g(λ)‖", "‖Φ(w) − w‖", "‖r_v‖", "lower steps", "linear steps"
 
 
 class StopReason(enum.IntEnum):
@@ -77,6 +82,11 @@ class BilevelState(NamedTuple):
             return record(self, tally("loop", (member(StopReason, r) for r in reason.ravel())), lam)
         return record(self, count(num_steps, "step"), lam, *_ending(reason, solves))
 
+    def _repr_html_(self) -> str:
+        shown = {"num_steps": self.num_steps, "reason": self.reason, "lam": self.lam}
+        shown |= {"f": getattr(self.hypergrad, "value", None), "hypergradient": self.hypergrad}
+        return html(type(self).__name__, shown, reason=StopReason)
+
 
 class BilevelInfo(NamedTuple):
     """What one outer step shows; `run` stacks these to a history.
@@ -124,6 +134,43 @@ class BilevelInfo(NamedTuple):
         if len(shown):
             cells.append(f"f {' -> '.join(number(x) for x in dict.fromkeys(shown[[0, -1]]))}")
         return record(self, *cells, *_ending(reason[end], [*solves]))
+
+    def _repr_html_(self) -> str:
+        """The first and the last steps of a history, a row each."""
+        known = values_of(*self[:-1])
+        if known is None or known[0].ndim != 1:
+            return html_table(repr(self), (), ())
+        rows = BilevelInfo(*known)  # pyright: ignore[reportArgumentType]
+        steps = np.flatnonzero(rows.taken)
+        numbers = [rows.value, rows.gradient_norm, rows.lower_residual, rows.linear_residual]
+        counts = [rows.lower_steps, rows.linear_steps]
+
+        def row(i: int) -> list[str]:
+            return [f"{i}", *(number(x[i]) for x in numbers), *(f"{x[i]}" for x in counts)]
+
+        few = len(steps) <= 2 * _SHOWN
+        shown = map(row, steps if few else steps[:_SHOWN])
+        last = [] if few else [["…"] * 7, *map(row, steps[-_SHOWN:])]
+        return html_table(repr(self), _COLUMNS, [*shown, *last])
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draws the history: objective, gradient norm and residuals, steps of both solves.
+
+        Needs matplotlib, which the extra `notebook` installs.
+
+        Args:
+            axes: Three axes of matplotlib; by default those of a new figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            TypeError: This is one step, not a history of `run`.
+        """
+        from .plotting import draw  # Which needs matplotlib.
+
+        return draw(self, axes)
 
 
 def _ending(reason: Any, solves: list[Any]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import optax
 
 from ..errors import check_same
 from ..leaves import partition
-from ..printing import member, number, record, shapes_in, tally, values_of
+from ..printing import html, member, number, record, shapes_in, tally, values_of
 from ..problem import Problem
 from ..real_form import norm
 from ..types import LinearSolver, Products, PyTree
@@ -97,6 +97,9 @@ class Certificate(NamedTuple):
             return record(self, tally("certificate", names))
         sign = "<= " if proved else ""
         return record(self, f"relative error {sign}{number(error)}", names[0])
+
+    def _repr_html_(self) -> str:
+        return html(type(self).__name__, self._asdict(), status=CertificateStatus)
 
 
 def relative(error: jax.Array, gradient: PyTree) -> jax.Array:
