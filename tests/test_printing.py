@@ -193,3 +193,54 @@ def test_help_says_what_each_member_means(kind):
     text = pydoc.render_doc(kind)
     for member in kind:
         assert f"- `{member.name}`: " in text
+
+
+def test_results_have_an_html_form():
+    state = PLAIN.init(jnp.zeros(2), 1.0)
+    assert "num_updates</th><td" in state._repr_html_()  # pyright: ignore
+    _, state = PLAIN.update(state, 1.0)
+    info = state.info.lower
+    for text in ("<table>", "CONVERGED", f"{int(info.num_steps)}"):
+        assert text in info._repr_html_()
+    certificate = fg.certify(outer, phi, state.w, state.v, 1.0)
+    assert "Products(" in certificate._repr_html_()
+    assert certificate._repr_html_().count("<tr>") == len(certificate)
+    assert "JitTracer" not in jax.jit(lambda w: w)(info)._repr_html_()
+    # What holds no numbers, as within `jit`, shows shapes.
+    traced = []
+    jax.jit(lambda info: traced.append(info._repr_html_()))(info)
+    assert "int32[]" in traced[0]
+
+
+def test_a_history_shows_its_first_and_last_steps():
+    loop = fg.bilevel(PLAIN, optax.sgd(0.1))
+    state, history = loop.run(loop.init(jnp.zeros(2), 1.0), num_steps=9)
+    text = history._repr_html_()
+    assert [f'left">{i}<' in text for i in range(9)] == [True] * 3 + [False] * 3 + [True] * 3
+    assert "f(λ)" in text
+    assert "RUNNING" in state._repr_html_()
+    _, info = loop.step(state)
+    assert info._repr_html_().startswith("<table>")  # One step.
+
+
+def test_a_history_draws_itself():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    loop = fg.bilevel(PLAIN, optax.sgd(0.1))
+    _, history = loop.run(loop.init(jnp.zeros(2), 1.0), num_steps=5)
+    objective, residuals, steps = history.plot()
+    np.testing.assert_array_equal(objective.lines[0].get_ydata(), history.value)
+    assert residuals.get_yscale() == "log"
+    assert [text.get_text() for text in steps.get_legend().get_texts()] == [
+        "lower level",
+        "linear system",
+    ]
+    # Several loops are several lines, in axes of one's own.
+    _, histories = jax.vmap(lambda lam: loop.run(loop.init(jnp.zeros(2), lam), num_steps=5))(
+        jnp.arange(3.0)
+    )
+    _, axes = plt.subplots(3)
+    assert len(histories.plot(axes)[0].lines) == 3
+    plt.close("all")

@@ -6,31 +6,28 @@ the backward pass too, under every transformation.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from .errors import check_callable
-from .printing import number, printed
+from .printing import number
 from .types import PyTree
 
 Monitor = Callable[[str, Any], None]
 """`monitor(stage, info)`, on the host; the leaves of `info` are NumPy arrays."""
 
 
-class Unordered:
+class Unordered(NamedTuple):
     """A monitor whose calls may come in any order: see `unordered`."""
 
-    def __init__(self, monitor: Monitor):
-        functools.update_wrapper(self, monitor)
-        self._monitor = monitor
+    monitor: Monitor
 
     def __call__(self, stage: str, info: Any) -> None:
-        self._monitor(stage, info)
+        self.monitor(stage, info)
 
 
-@printed
 def unordered(monitor: Monitor) -> Unordered:
     """The monitor for a program on several devices: its calls may come in any order.
 

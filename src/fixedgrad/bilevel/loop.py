@@ -18,7 +18,7 @@ from ..hypergradient import Hypergradient
 from ..leaves import blank, check_arrays, is_weak, owned, partition, settled_lam, strongly_typed
 from ..lower.optimisers import check_optimizer
 from ..monitor import OUTER_STEP, Monitor, check_monitor, emit
-from ..printing import printed
+from ..printing import by_name, printed
 from ..real_form import norm, steepest_ascent
 from ..types import PyTree, failed, status_of
 from .records import BilevelInfo, BilevelState, StopReason
@@ -55,7 +55,7 @@ class Bilevel(NamedTuple):
         return self.name
 
 
-_ADAM = optax.adam(0.1)
+_ADAM = optax.GradientTransformationExtraArgs(*map(by_name, optax.adam(0.1)))
 
 
 @printed

@@ -96,6 +96,7 @@ def decorator(
             run = functools.partial(_run, where, solver, has_aux, reusable)
             if isinstance(estimator, Unrolled):
                 w, aux, info, _ = run(w0, args, kwargs)
+                emit(policy.monitor, LOWER_STAGE, info)
                 check_phi(where, phi, w, SOLVED, args, kwargs)
             else:
                 judged = not iterates(solver, phi)
@@ -103,10 +104,8 @@ def decorator(
                     where, phi, run, judged, estimator, reusable, policy, w0, args, kwargs
                 )
             aux, info = lax.stop_gradient((aux, info))
-            if informed:  # Who gets the info decides by it.
-                emit(policy.monitor, LOWER_STAGE, info)
-            else:
-                w = enforce_value(policy, LOWER_STAGE, info, w)
+            if not informed:  # Who gets the info decides by it.
+                w = enforce_value(Policy(policy.on_failure), LOWER_STAGE, info, w)
             out = (w, aux) if has_aux else w
             return (out, info) if informed else out
 
@@ -189,6 +188,7 @@ def _implicit(
         w_x, w_rest, _ = partition(w)
         if judged:
             info = held_to_phi(equation(rest, w_rest), partition(w0)[0], w_x, x, info)
+        emit(policy.monitor, LOWER_STAGE, info)  # Before any solve for a derivative.
         return w_x, ((w_rest, made), aux, info)
 
     def equation(rest: PyTree, w_rest: PyTree) -> Equation:
