@@ -367,6 +367,10 @@ LINEAR_SOLVERS = (
         fg.from_lineax(lineax.BiCGStab(1e-10, 1e-10), preconditioner=fg.inverse()),
         accuracy=1e-7,
     ),
+    LinearRow("auto", fg.auto()),
+    LinearRow(
+        "auto by GMRES", fg.auto(at_once=1, max_size=1, max_steps=40, rtol=1e-9), accuracy=1e-8
+    ),
     LinearRow("lineax", fg.from_lineax(lineax.BiCGStab(1e-10, 1e-10)), accuracy=1e-7),
 )
 LINEAR = {row.name: row for row in LINEAR_SOLVERS}

@@ -243,6 +243,42 @@ NUMBER_ROWS = [
         lambda: fg.gmres(num_steps=2, restart=0),
     ),
     Row(
+        "root without a function",
+        TypeError,
+        r"`residual` of `root` must be a function .*, got 1.0",
+        lambda: fg.root(1.0),
+    ),
+    Row(
+        "root of an F that is not like w",
+        TypeError,
+        r"`root`: `residual\(w, ...\)` must have the structure",
+        lambda: fg.root(lambda w, lam: (w, lam))(lambda w0, lam: w0)(1.0, 2.0),
+    ),
+    Row(
+        "from_residual of an F that is not like w",
+        TypeError,
+        r"`from_residual`: `residual\(w, ...\)` must have the structure",
+        lambda: fg.from_residual(lambda w, lam: (w, lam))(1.0, 2.0),
+    ),
+    Row(
+        "a monitor that is none",
+        TypeError,
+        "`monitor` of `fixed_point` must be a function .*, got 'print' of type `str`",
+        lambda: fg.fixed_point(half, monitor="print"),
+    ),
+    Row(
+        "auto with a size of zero",
+        ValueError,
+        "`at_once` of `auto` must be a positive integer known before tracing, got 0",
+        lambda: fg.auto(at_once=0),
+    ),
+    Row(
+        "plot of one step",
+        TypeError,
+        "`plot` draws the history that `run` returns, got one step: float",
+        lambda: fg.BilevelInfo(*[np.zeros(())] * 10).plot(),
+    ),
+    Row(
         "dense with a size of zero",
         ValueError,
         "`max_size` of `dense` must be a positive integer known before tracing, got 0",

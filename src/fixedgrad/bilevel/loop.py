@@ -168,7 +168,8 @@ def bilevel(
         # The optimiser sees what has a gradient; `None` stands for integers and keys.
         x, rest, join = partition(state.lam)
         ascent = steepest_ascent(partition(grad)[0])
-        with hint(TypeError, text=lambda: _ASKED):
+        # Standard promotion, as optax promotes its own counts.
+        with hint(TypeError, text=lambda: _ASKED), jax.numpy_dtype_promotion("standard"):
             updates, optimizer_state = full.update(
                 ascent, state.optimizer, x, value=hyper.value, grad=ascent
             )
