@@ -391,6 +391,12 @@ def settled_lam(lam: PyTree, w: PyTree) -> PyTree:
     return strongly_typed(lam, jax.tree.map(lambda _: widest, lam))
 
 
+def alike(one: PyTree, other: PyTree) -> bool:
+    """Whether two pytrees agree in structure and shapes."""
+    shapes = [jax.tree.map(lambda x: tuple(jnp.shape(x)), tree) for tree in (one, other)]
+    return jax.tree.structure(one) == jax.tree.structure(other) and shapes[0] == shapes[1]
+
+
 def is_sharded(x: Any) -> bool:
     """Whether the type of an array, of an explicit mesh, says that it is sharded."""
     return any(part is not None for part in jax.typeof(x).sharding.spec)

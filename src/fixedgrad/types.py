@@ -238,7 +238,11 @@ class Jacobian(NamedTuple):
         """The same of another matrix, given the same one of the two."""
         if self.complement is None:
             return Jacobian(known, None, self.transposed)
-        return Jacobian.from_complement(known, self.transposed, self.any_scale)
+        return self.with_complement(known)
+
+    def with_complement(self, complement: MatVec) -> "Jacobian":
+        """The same kind of M, of other products with I − M."""
+        return Jacobian.from_complement(complement, self.transposed, self.any_scale)
 
     @classmethod
     def from_complement(

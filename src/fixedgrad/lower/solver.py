@@ -12,7 +12,7 @@ import optax
 from ..errors import check_same
 from ..failure import LOWER_STAGE, Policy, enforce_value
 from ..iteration import Measured, Stopping, joint_tolerance
-from ..leaves import fresh, is_inexact, partition, phi_hint, started, traced_once
+from ..leaves import alike, fresh, is_inexact, partition, phi_hint, started, traced_once
 from ..linear.system import Reusable
 from ..problem import Equation, Form
 from ..real_form import EVALUATION, Space, nudged, of_iterate, realified
@@ -125,6 +125,8 @@ def held_to_phi(
     nothing. An F of any scale is held to what it is made of in the place of w.
     """
     size = equation.space(w).size_of
+    if not alike(w0, w):  # Such as `None`: it tells nothing.
+        w0 = optax.tree.zeros_like(w)
     if equation.form is Form.ANY_SCALE:
         least = jax.tree.map(lambda x: 0.1 * jnp.abs(x) + float(jnp.finfo(x.dtype).eps), w0)
         r, beside = equation.with_terms(w, x, least)
