@@ -30,6 +30,7 @@ from .certificate import certified as certified
 from .certificate import certify as certify
 from .certificate import certify_proved as certify_proved
 from .certificate import polished as polished
+from .citation import citation as citation
 from .decorator import fixed_point as fixed_point
 from .decorator import root as root
 from .diagnostics import GradientCheck as GradientCheck
@@ -143,6 +144,7 @@ __all__ = [
     "certify_proved",
     "cg",
     "check_gradient",
+    "citation",
     "cold",
     "damped",
     "dense",

@@ -63,7 +63,9 @@ def printed(factory: Factory) -> Factory:
 
 def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> str:
     cells = []
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()  # What nobody chose is said where its place is in the call.
+    for name, value in bound.arguments.items():
         parameter = signature.parameters[name]
         if parameter.kind == inspect.Parameter.VAR_KEYWORD:
             cells += [f"{key}={_short(x)}" for key, x in value.items()]
