@@ -41,7 +41,6 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
-autodoc_preserve_defaults = True
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
@@ -53,6 +52,8 @@ copybutton_prompt_is_regexp = True
 _SECTION = re.compile(r"(Args|Returns|Raises|Attributes|References):")
 _NAME = re.compile(r"`(\w+)`")
 _CODE = re.compile(r"`([^`]+)`")
+_MARKUP = re.compile(r"(?<![`\w*])\*(?=\w)|(?<=\w)_(?=[\s,.;:)])|(?<![`|])\|(?!`)")
+"""What reST would take for emphasis, a reference or a substitution."""
 
 
 def as_rest(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -71,19 +72,13 @@ def as_rest(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
         doctest = line.lstrip().startswith(">>>") or (doctest and bool(line.strip()))
         indented = line.startswith("    ") and in_body
         if indented and not previous.strip():
-            out += ["::", ""]
+            out += [".. code-block:: text", ""]
         previous = line
         if doctest or indented:
             out.append(line)
         else:
             escaped = _CODE.sub(linked, line.replace("\\", "\\\\"))
-            out.append(
-                re.sub(
-                    r"(?<![`\w*])\*(?=\w)|(?<=\w)_(?=[\s,.;:)])|(?<![`|])\|(?!`)",
-                    r"\\\g<0>",
-                    escaped,
-                )
-            )
+            out.append(_MARKUP.sub(r"\\\g<0>", escaped))
     lines[:] = out
 
 
