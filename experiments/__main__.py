@@ -22,6 +22,7 @@ FOLDERS = {
     "conv_eqm": "paper",
     "certificates": "library",
     "advice": "library",
+    "distributed": "library",
     "benchmark": "benchmark",
 }
 """The experiments in reading order, and the folder of each. Each is a module with

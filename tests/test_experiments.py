@@ -26,7 +26,7 @@ from sklearn import datasets
 from experiments.__main__ import FOLDERS, main
 from experiments.benchmark import accuracy, contestants, instances, outer
 from experiments.problems import data
-from experiments.tools import convergence, report
+from experiments.tools import collectives, convergence, report
 
 pytestmark = pytest.mark.slow
 
@@ -283,6 +283,8 @@ def test_without_a_name_the_experiments_are_listed_with_their_claims(capsys):
         (["quickstart", "--out", "/dev/null/out"], "`--out` cannot be made a folder"),
         (["figure1", "--num-lam", "0"], "an integer of at least 1"),
         (["figure1", "--settings", "svm"], "invalid choice: 'svm'"),
+        (["distributed", "--num-processes", "2"], "above 1 needs `--coordinator`"),
+        (["distributed", "--coordinator", "host:1"], "`--coordinator` needs `--num-processes`"),
     ],
 )
 def test_a_bad_command_line_ends_with_code_2_and_says_why(arguments, message, capsys):
@@ -300,6 +302,43 @@ def test_the_package_runs_as_a_program():
     )
     assert done.returncode == 0
     assert "quickstart" in done.stdout
+
+
+def test_collectives_are_found_in_loops_branches_and_calls():
+    text = """HloModule jit_f, is_scheduled=true
+
+%add (x: f64[], y: f64[]) -> f64[] {
+  ROOT %sum = f64[] add(%x, %y)
+}
+
+%inner (c: (s32[], f64[4,2])) -> (s32[], f64[4,2]) {
+  %all-reduce.2 = f64[4,2]{1,0} all-reduce(%a), to_apply=%add
+}
+
+%outer (c: (s32[], f64[4,2])) -> (s32[], f64[4,2]) {
+  %all-reduce.1 = (f64[3]{0}, pred[]) all-reduce-start(%a, %b), to_apply=%add
+  %done = (f64[3]{0}, pred[]) all-reduce-done(%all-reduce.1)
+  ROOT %while.2 = (s32[], /*index=1*/f64[4,2]{1,0}) while(%t), condition=%test, body=%inner
+}
+
+%test (c: (s32[], f64[4,2])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%left (c: f32[5]) -> f32[5] {
+  ROOT %gathered = bf16[5]{0} all-gather(%a), dimensions={0}
+}
+
+ENTRY %main (a: f64[4,2]) -> f64[4,2] {
+  %while.1 = (s32[], f64[4,2]{1,0}) while(%t), condition=%test, body=%outer
+  ROOT %choice = f32[5] conditional(%p, %a, %b), branch_computations={%left, %add}
+}
+"""
+    assert [tuple(found) for found in collectives.collectives(text)] == [
+        ("all-reduce.1", "all-reduce", (3, 1), 25, ("outer",)),
+        ("all-reduce.2", "all-reduce", (8,), 64, ("outer", "inner")),
+        ("gathered", "all-gather", (5,), 10, ()),
+    ]
 
 
 def test_a_table_is_aligned():

@@ -9,7 +9,6 @@ its own: collectives a step of CG, and temporary memory of a device.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 from typing import Any
@@ -22,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import fixedgrad as fg
 
 from ..tools import report
+from ..tools.collectives import collectives
 from .timing import compiled, interleaved
 
 T, K = 20, 10
@@ -153,23 +153,11 @@ def _count(d: int) -> list[dict[str, Any]]:
                 {
                     "devices": number,
                     "sharded": spread,
-                    "collectives": collectives_in_loop(program.as_text() or ""),
+                    "collectives": sum(bool(c.loops) for c in collectives(program.as_text() or "")),
                     "bytes": analysis.temp_size_in_bytes if analysis else 0,
                 }
             )
     return rows
-
-
-def collectives_in_loop(text: str) -> int:
-    """Collectives in the bodies of the loops of a compiled program, each counted once."""
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
-    count = 0
-    for block in re.split(r"\n(?=%|ENTRY)", text):
-        name = re.match(r"%?([\w.\-]+)", block)
-        if name and name[1] in bodies:
-            kinds = r"= [^=\n]* (?:all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\("
-            count += len(re.findall(kinds, block))
-    return count
 
 
 # --- what is claimed and shown

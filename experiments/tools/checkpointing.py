@@ -23,11 +23,13 @@ class LongRun(NamedTuple):
         history: A `fg.BilevelInfo` of NumPy arrays, one row for each outer step that was taken,
             and one for a step that failed.
         log: One entry for each chunk: its last `step`, its `seconds`, and what `measure` gave.
+        resumed_at: The outer steps that a checkpoint had; 0 without one.
     """
 
     state: fg.BilevelState
     history: fg.BilevelInfo
     log: list[dict[str, float]]
+    resumed_at: int = 0
 
     @property
     def seconds_per_step(self) -> float:
@@ -70,7 +72,8 @@ def long_run(
         name: What the progress bar says.
         measure: Numbers to log after each chunk, such as a test accuracy; its time is not counted.
         save_seconds: A checkpoint is written once that many seconds have passed since the last, and
-            at the end.
+            at the end. Zero where there are several processes: they write together, and their clocks
+            differ.
 
     Returns:
         A `LongRun`. It ends early where the loop stopped, at a hypergradient that is not finite.
@@ -81,9 +84,10 @@ def long_run(
     manager = None if directory is None else _manager(directory)
     if manager is not None and manager.latest_step() is not None:
         state, history, log = _restore(manager, state, history)
-    done = int(log[-1]["step"]) if log else 0
+    done = resumed_at = int(log[-1]["step"]) if log else 0
     saved = time.monotonic()
-    with tqdm(total=num_steps, initial=done, desc=name) as bar:
+    hidden = jax.process_index() > 0
+    with tqdm(total=num_steps, initial=done, desc=name, disable=hidden) as bar:
         while done < num_steps and not bool(state.stopped):
             length = min(chunk, num_steps - done)
             start = time.perf_counter()
@@ -103,7 +107,7 @@ def long_run(
         manager.close()
     shown = int(state.num_steps) + (int(state.reason) > fg.StopReason.RULE)
     rows = jax.tree.unflatten(jax.tree.structure(row), [x[:shown] for x in history])
-    return LongRun(state, rows, log)
+    return LongRun(state, rows, log, resumed_at)
 
 
 def _manager(directory: Path) -> ocp.CheckpointManager:

@@ -326,6 +326,52 @@ def _advice_lower() -> str:
     return _markdown(("problem", "recommended", "its time", "fastest", "its time"), rows)
 
 
+def _distributed() -> str:
+    results, _ = _read("distributed/results")
+    rows = [
+        [
+            name,
+            _digits(r["difference"]),
+            "yes" if r["same_bits"] else "no",
+            f"{r['lower_steps']}, {r['linear_steps']}",
+        ]
+        for name, r in results["runs"].items()
+    ]
+    header = ("processes × devices, sums by", "largest difference of λ from one device")
+    return _markdown((*header, "bits of 1 process, gloo", "steps: lower level, linear"), rows)
+
+
+def _distributed_counts() -> str:
+    results, _ = _read("distributed/results")
+    c = results["counts"]
+    steps, ran = c["outer_steps"], c["all_reduces"]
+    products = {
+        "steps of the lower level": c["lower_steps"],
+        "steps of the linear solve": c["linear_steps"],
+        "residuals of v": c["passes"] + steps,
+        "∇E": steps,
+    }
+    rows = [[name, f"{n / steps:.1f}"] for name, n in products.items()]
+    rows.append(["all-reduces that ran", f"{ran / steps:.1f}"])
+    rows.append(["kB that each device gave", f"{c['bytes'] / steps / 1e3:.1f}"])
+    return _markdown(("in an outer step", ""), rows)
+
+
+def _distributed_hosts() -> str:
+    results, _ = _read("distributed/results")
+    rows = []
+    for i, hosts in enumerate(results["hosts"]):
+        cells = (
+            (_digits(1 / s[i]), f"{100 * s[0] / s[i] / hosts:.0f} %")
+            for s in results["model"].values()
+        )
+        rows.append([str(hosts), *(cell for pair in cells for cell in pair)])
+    header = (
+        f"{size}: {what}" for size in results["model"] for what in ("steps / s", "efficiency")
+    )
+    return _markdown(("hosts", *header), rows)
+
+
 def _accuracy() -> str:
     _, volatile = _read("benchmark/accuracy/results")
     rows = []
@@ -448,6 +494,9 @@ TABLES: dict[str, Callable[[], str]] = {
         _adaptive,
         _advice,
         _advice_lower,
+        _distributed,
+        _distributed_counts,
+        _distributed_hosts,
         _kernel,
         _hypergradient,
         _accuracy,
