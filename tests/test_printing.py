@@ -197,7 +197,7 @@ def test_help_says_what_each_member_means(kind):
 
 def test_results_have_an_html_form():
     state = PLAIN.init(jnp.zeros(2), 1.0)
-    assert "num_updates</th><td" in state._repr_html_()  # pyright: ignore
+    assert "num_updates</th><td style" in state._repr_html_()  # pyright: ignore
     _, state = PLAIN.update(state, 1.0)
     info = state.info.lower
     for text in ("<table>", "CONVERGED", f"{int(info.num_steps)}"):
@@ -216,7 +216,7 @@ def test_a_history_shows_its_first_and_last_steps():
     loop = fg.bilevel(PLAIN, optax.sgd(0.1))
     state, history = loop.run(loop.init(jnp.zeros(2), 1.0), num_steps=9)
     text = history._repr_html_()
-    assert [f'left">{i}<' in text for i in range(9)] == [True] * 3 + [False] * 3 + [True] * 3
+    assert [f'em 0">{i}<' in text for i in range(9)] == [True] * 3 + [False] * 3 + [True] * 3
     assert "f(λ)" in text
     assert "RUNNING" in state._repr_html_()
     _, info = loop.step(state)

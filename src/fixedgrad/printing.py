@@ -144,10 +144,11 @@ def html(caption: str, fields: dict[str, Any], **kinds: type[enum.IntEnum]) -> s
 
 def html_table(caption: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table in HTML; the first cell of each row is what the row is about."""
-    style = "text-align: left"
+    style = "text-align: left; padding: 0.1em 1em 0.1em 0"
     lines = [f'<table><caption style="{style}"><b>{escape(caption)}</b></caption>']
     if header := list(header):
-        lines.append(f"<tr>{''.join(f'<th>{escape(x)}</th>' for x in header)}</tr>")
+        cells = "".join(f'<th style="{style}">{escape(x)}</th>' for x in header)
+        lines.append(f"<tr>{cells}</tr>")
     for first, *others in rows:
         cells = "".join(f'<td style="{style}">{escape(x)}</td>' for x in others)
         lines.append(f'<tr><th style="{style}">{escape(first)}</th>{cells}</tr>')

@@ -55,7 +55,7 @@ class Bilevel(NamedTuple):
         return self.name
 
 
-_ADAM = optax.GradientTransformationExtraArgs(*map(by_name, optax.adam(0.1)))
+_ADAM = optax.GradientTransformation(*map(by_name, optax.adam(0.1)))  # pyright: ignore
 
 
 @printed

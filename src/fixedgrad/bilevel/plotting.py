@@ -12,7 +12,7 @@ def draw(history: BilevelInfo, axes: Any) -> Any:
     """Three panels over the outer steps; a line for each loop where several ran under `vmap`."""
     import matplotlib.pyplot as plt  # An optional package, needed by nobody else.
 
-    rows = BilevelInfo(*map(np.asarray, history[:-1]))  # pyright: ignore[reportArgumentType]
+    rows: Any = BilevelInfo(*map(np.asarray, history[:-1]))  # pyright: ignore[reportArgumentType]
     if not rows.value.ndim:
         raise TypeError(
             f"`plot` draws the history that `run` returns, got one step: {shapes_of(rows.value)}."

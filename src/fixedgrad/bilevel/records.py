@@ -148,10 +148,10 @@ class BilevelInfo(NamedTuple):
         def row(i: int) -> list[str]:
             return [f"{i}", *(number(x[i]) for x in numbers), *(f"{x[i]}" for x in counts)]
 
-        few = len(steps) <= 2 * _SHOWN
-        shown = map(row, steps if few else steps[:_SHOWN])
-        last = [] if few else [["…"] * 7, *map(row, steps[-_SHOWN:])]
-        return html_table(repr(self), _COLUMNS, [*shown, *last])
+        shown = [row(int(i)) for i in steps]
+        if len(shown) > 2 * _SHOWN:
+            shown = [*shown[:_SHOWN], ["…"] * len(_COLUMNS), *shown[-_SHOWN:]]
+        return html_table(repr(self), _COLUMNS, shown)
 
     def plot(self, axes: Any = None) -> Any:
         """Draws the history: objective, gradient norm and residuals, steps of both solves.

@@ -182,10 +182,9 @@ def solve_bicgstab(
 def _elimination(ridge: Scalar | None = None) -> LinearSolver:
     def solver(matvec: MatVec, b: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
         known = jacobian(matvec)
-        if ridge is not None:
-            product = _of_a(known)
-            known = known.with_complement(lambda u: tree.add_scale(product(u), ridge, u))
-        return dense()(known, b, x0)
+        product, shift = _of_a(known), 0.0 if ridge is None else ridge
+        ridged = known.with_complement(lambda u: tree.add_scale(product(u), shift, u))
+        return dense()(known if ridge is None else ridged, b, x0)
 
     return solver
 

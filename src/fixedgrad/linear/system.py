@@ -248,7 +248,9 @@ def linear_solver(
         if normalised and m.any_scale:  # With A/u, u = ‖A‖, the solution is that of A times u.
             size = _size(product, real, space)
             of_x = scale / size
-            matvec, product, precondition = _divided(size, product, precondition)
+            divided = product = _times(1 / size, product)
+            matvec = lambda u: tree.sub(u, divided(u))  # noqa: E731
+            precondition = precondition and _times(size, precondition)
         start = None
         if x0 is not None:
             start = tree.where(norm > 0, tree.scale(1 / of_x, to_real(x0)), tree.zeros_like(real))
@@ -270,18 +272,8 @@ def _size(product: MatVec, like: PyTree, space: Space) -> jax.Array:
     return power_of_two(jnp.where(jnp.isfinite(size), size, 1.0))
 
 
-def _divided(
-    size: jax.Array, product: MatVec, precondition: MatVec | None
-) -> tuple[MatVec, MatVec, MatVec | None]:
-    """Products with I − A/size, with A/size, and with size · P for P ≈ A⁻¹."""
-
-    def of_a(u: PyTree) -> PyTree:
-        return tree.scale(1 / size, product(u))
-
-    def of_p(u: PyTree) -> PyTree:
-        return tree.scale(size, precondition(u))
-
-    return lambda u: tree.sub(u, of_a(u)), of_a, None if precondition is None else of_p
+def _times(factor: jax.Array, product: MatVec) -> MatVec:
+    return lambda u: tree.scale(factor, product(u))
 
 
 def in_real_form(

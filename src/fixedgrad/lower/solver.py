@@ -174,31 +174,37 @@ class Lower(NamedTuple):
         with `nudged` one more Φ shows how far their last digits move each leaf. An iteration need not
         ask; it stops shrinking there.
         """
-        before, after, first = map(_inexact, (w, image, self.w0))
+        after, entries = _inexact(image), self.space.entries
         to_real, _ = realified(after)
-        entries, eps = self.space.entries, [float(jnp.finfo(x.dtype).eps) for x in after]
-        # A leaf whose solution is zero shrinks for ever: what it has lost all digits of it is rid of.
-        if self.unscaled is None:
-            real = to_real(after)
-            r, terms, scale = optax.tree.sub(real, to_real(before)), [real], entries(real)
-            lost = np.array(eps).astype(scale.dtype) * entries(to_real(first))
-            scales = [jnp.maximum(scale, lost)]
-        else:
-            w_x, first_x = (partition(tree)[0] for tree in (w, self.w0))
-            least = jax.tree.map(lambda x: float(jnp.finfo(x.dtype).eps) * jnp.abs(x), first_x)
-            f, beside = self.unscaled.with_terms(w_x, (), least)
-            r, *terms = (to_real(_inexact(x)) for x in (f, *beside))
-            scales = list(map(entries, terms))
+        eps = np.array([float(jnp.finfo(x.dtype).eps) for x in after])
+        r, terms = self._beside(w, after)
         norm, *known = self.space.sizes(r, *terms)
-        sizes, multiple = entries(r), of_iterate(np.array(eps)).astype(norm.dtype)
+        sizes, scales = entries(r), list(map(entries, terms))
+        if self.unscaled is None:
+            # A leaf whose solution is zero shrinks for ever: it is rid of what lost all its digits.
+            first = entries(to_real(_inexact(self.w0)))
+            scales = [jnp.maximum(scales[0], eps.astype(norm.dtype) * first)]
+        multiple = of_iterate(eps).astype(norm.dtype)
         rounding = multiple * scales[-1]
         if nudged and len(after) > 1 and self.unscaled is None:
             moved = to_real(_inexact(self.phi(_nudged(w))))
-            rounding += entries(optax.tree.sub(moved, real))
+            rounding += entries(optax.tree.sub(moved, terms[0]))
         tolerance = joint_tolerance(stop, norm, known[0], sizes, scales[0])
         largest = multiple.max(initial=0)
         rounded = jnp.all(sizes <= rounding) if len(after) > 1 else norm <= largest * known[-1]
         return Measured(norm, tolerance, EVALUATION * largest * known[-1], rounded)
+
+    def _beside(self, w: PyTree, after: list[jax.Array]) -> tuple[PyTree, list[PyTree]]:
+        """The residual in the real form, and what it is small beside: Φ(w), or `Terms`."""
+        to_real, _ = realified(after)
+        if self.unscaled is None:
+            real = to_real(after)
+            return optax.tree.sub(real, to_real(_inexact(w))), [real]
+        w_x, first = (partition(tree)[0] for tree in (w, self.w0))
+        least = jax.tree.map(lambda x: float(jnp.finfo(x.dtype).eps) * jnp.abs(x), first)
+        f, beside = self.unscaled.with_terms(w_x, (), least)
+        r, *terms = (to_real(_inexact(x)) for x in (f, *beside))
+        return r, terms
 
 
 def lower_level(
