@@ -1,4 +1,4 @@
-"""The pictures of the gallery: `python docs/pictures.py` runs the recipes and keeps the first figure of each."""
+"""The pictures of the gallery, each the first figure of a recipe: `python docs/pictures.py`."""
 
 import base64
 import pathlib
