@@ -18,6 +18,7 @@ import optimistix
 import pytest
 
 import fixedgrad as fg
+from fixedgrad import compat
 
 AID = fg.aid(fg.fp(num_steps=3))
 
@@ -271,6 +272,18 @@ NUMBER_ROWS = [
         ValueError,
         "`at_once` of `auto` must be a positive integer known before tracing, got 0",
         lambda: fg.auto(at_once=0),
+    ),
+    Row(
+        "citation of what is not ours",
+        TypeError,
+        "`citation` looks up what factories of `fixedgrad` made, got 1.0 of type `float`",
+        lambda: fg.citation(1.0),
+    ),
+    Row(
+        "root_jvp with too few tangents",
+        ValueError,
+        "`tangents` of `root_jvp` must be as many as `args`, got 0 for 1",
+        lambda: compat.root_jvp(lambda w, lam: w - lam, 1.0, (1.0,), ()),
     ),
     Row(
         "plot of one step",

@@ -137,6 +137,32 @@ def test_what_phi_says_root_says_too():
         np.testing.assert_allclose(by_root, by_phi, rtol=1e-10, atol=1e-14)
 
 
+def test_certificates_and_the_adaptive_form_take_an_f_of_any_scale():
+    a, lam = matrix(False), np.linspace(-1, 2, SIZE)
+
+    def outer(w, lam, a, scale):
+        del lam, a, scale
+        return jnp.sum(jnp.sin(w))
+
+    phi = fg.from_residual(residual)
+    exact = fg.hypergradient(outer, phi)
+    adaptive = fg.adaptive_hypergradient(outer, phi, rtol=1e-4)
+    products = set()
+    for scale in (1.0, 1e9, 1e-9):
+        want, state = exact.update(exact.init(jnp.zeros(SIZE), lam, a, scale), lam, a, scale)
+        got, made = adaptive.update(adaptive.init(jnp.zeros(SIZE), lam, a, scale), lam, a, scale)
+        assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want)
+        products.add(sum(map(int, made.certificate.products)))
+        # Of a pair that is a little off.
+        w, v = state.w * (1 + 1e-3), state.v * (1 - 1e-3)
+        rough = -jax.vjp(lambda lam: residual(w, lam, a, scale), lam)[1](v)[0]  # noqa: B023
+        certificate = fg.certify(outer, phi, w, v, lam, a, scale)
+        error = np.linalg.norm(rough - want)
+        assert bool(certificate.valid)
+        assert error <= certificate.error <= 2 * error
+    assert max(products) < 1.5 * min(products)
+
+
 def test_every_mode_and_second_derivatives_of_keplers_equation():
     def kepler(w, e, m):
         return 1e7 * (w - e * jnp.sin(w) - m)

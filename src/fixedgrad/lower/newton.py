@@ -389,11 +389,17 @@ def solve_for_w(
     """
     norm, floor, x = problem.norm, LAST_DIGITS * resolution(w), problem.x
     phi = problem.equation.phi
+    any_scale = problem.equation.form is Form.ANY_SCALE
 
     def judge(w: PyTree, image: PyTree, amplification: jax.Array) -> Measured:
-        size, amplification = norm(tree.sub(w, image)), jnp.maximum(amplification, 1.0)
-        tolerance = jnp.maximum(tau, goal * norm(image) / amplification.astype(size.dtype))
-        return Measured(size, tolerance, floor * norm(w), jnp.asarray(False))
+        size, false = norm(tree.sub(w, image)), jnp.asarray(False)
+        amplification = amplification.astype(size.dtype)
+        if any_scale:
+            _, beside = problem.equation.with_terms(w, x, tree.zeros_like(w))
+            tolerance = jnp.maximum(tau, goal * norm(w) / amplification)
+            return Measured(size, tolerance, floor * norm(beside.rounded), false)
+        tolerance = jnp.maximum(tau, goal * norm(image) / jnp.maximum(amplification, 1.0))
+        return Measured(size, tolerance, floor * norm(w), false)
 
     def contracts(c: _Steps) -> jax.Array:
         return ~c.measured.met & (c.measured.norm <= WORTHWHILE * c.before)
@@ -405,9 +411,11 @@ def solve_for_w(
         return _Steps(c.image, image, judge(c.image, image, 1 / (1 - q)), before, c.evaluations + 1)
 
     image = phi(w, x)
-    start = judge(w, image, jnp.full_like(norm(w), 1 / (1 - WORTHWHILE)))
+    # Nothing is known of an F of any scale before the first solve, and its steps lead nowhere.
+    known = jnp.inf if any_scale else 1 / (1 - WORTHWHILE)
+    start = judge(w, image, jnp.full_like(norm(w), known))
     c = _Steps(w, image, start, jnp.full_like(start.norm, jnp.inf), jnp.int32(1))
-    c = packed_loop(contracts, step, c)
+    c = c if any_scale else packed_loop(contracts, step, c)
     nothing = Products(*(jnp.int32(0) for _ in range(3)))
     spent = nothing if spent is None else spent
     return newton_krylov(
