@@ -154,7 +154,7 @@ def test_certificates_and_the_adaptive_form_take_an_f_of_any_scale():
         assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want)
         products.add(sum(map(int, made.certificate.products)))
         # Of a pair that is a little off.
-        w, v = state.w * (1 + 1e-3), state.v * (1 - 1e-3)
+        w, v = state.w * (1 + 1e-3), state.v * (1 - 1e-3)  # pyright: ignore
         rough = -jax.vjp(lambda lam: residual(w, lam, a, scale), lam)[1](v)[0]  # noqa: B023
         certificate = fg.certify(outer, phi, w, v, lam, a, scale)
         error = np.linalg.norm(rough - want)
