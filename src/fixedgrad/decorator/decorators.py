@@ -133,9 +133,9 @@ def root(
     here, and `cg` serves where F is the gradient of a loss at a minimum, with ∂₁F its Hessian. F may be
     multiplied by any factor.
 
-    Assumed, not checked: that the solver's w is near a root. A w at which F is as large as the terms
-    that it is made of is seen (`NOT_FIXED`); `with_tolerance(solver, from_residual(residual), ...)` has
-    a tolerance on ‖F(w)‖ checked.
+    Assumed, not checked: that the solver's w is near a root. A w at which F is more than a tenth of the
+    terms that it is made of is seen (`NOT_FIXED`), which is no more than the first digit of w;
+    `with_tolerance(solver, from_residual(residual), ...)` has a tolerance on ‖F(w)‖ checked.
 
     Cost: the solver's, and one F with two products of its derivative; for derivatives the estimator's.
     Memory: w and the arguments are kept for the backward pass, nothing else.

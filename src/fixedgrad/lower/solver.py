@@ -111,8 +111,11 @@ def exact_steps_info(space: Space, num_steps: Scalar, w: PyTree, residual: PyTre
 
 
 def iterates(solver: Solver, phi: Phi) -> bool:
-    """Whether the solver was made for this Φ."""
-    return getattr(solver, "phi", None) is phi
+    """Whether the solver was made for this Φ, or for the same F."""
+    made_for = getattr(solver, "phi", None)
+    if isinstance(made_for, ResidualMap) and isinstance(phi, ResidualMap):
+        return made_for.residual is phi.residual
+    return made_for is phi
 
 
 def held_to_phi(
