@@ -403,3 +403,24 @@ def test_a_map_that_draws_from_a_generator_is_named():
     solve = fg.fixed_point(phi, fg.aid(fg.dense()))(fg.picard(phi, num_steps=60))
     found = fg.check_gradient(solve, lambda w, lam: w**2, phi, 0.0, 0.3)
     assert any("does `phi` draw from a random generator?" in text for text in found.warnings)
+
+
+def test_advice_holds_where_the_condition_is_high():
+    # I − J has the eigenvalues 1 to 1e-5: the residual at the reference says little of its error.
+    curvature, target = jnp.geomspace(1.0, 1e-5, 20), jnp.linspace(-1.0, 1.0, 20)
+
+    def phi(w, lam):
+        return w - (curvature * (w - target) + 1e-5 * jnp.exp(lam) * w)
+
+    def outer(w, lam):
+        return jnp.sum((w - 0.5) ** 2) + 0.0 * lam
+
+    advice = fg.recommend(outer, phi, jnp.zeros(20), 0.0)
+    assert advice.estimator is not None
+    assert advice.solver is not None
+    solve = fg.fixed_point(phi, advice.estimator)(advice.solver)
+    got = jax.grad(lambda lam: outer(solve(jnp.zeros(20), lam), lam))(0.0)
+    a = curvature + 1e-5
+    w = curvature * target / a
+    want = float(-jnp.sum(2 * (w - 0.5) / a * 1e-5 * w))
+    assert abs(got - want) <= 1e-2 * abs(want)

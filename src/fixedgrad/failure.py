@@ -54,7 +54,8 @@ STAGE = "linear solve of the derivative"
 _REMEDY = {
     Status.NO_PROGRESS: "these exact steps have led nowhere: is rho(J) >= 1? Use `cg`, `gmres` or "
     '`dense`, more steps, or `on_failure="ignore"` where such a number is wanted',
-    Status.MAX_STEPS: "raise `max_steps`, loosen `rtol`/`atol`, or start closer",
+    Status.MAX_STEPS: "raise `max_steps`, take a method that needs fewer (`newton`, `dense`), loosen "
+    "`rtol`/`atol` where they are finer than you need, or start closer",
     Status.DIVERGED: "the map is not a contraction here: damp it (`fixedgrad.damped`), shorten its "
     "step, or use `cg`, `gmres` or `dense`, which do not need rho(J) < 1",
     Status.INDEFINITE: "I - M is not positive definite: use `gmres`, `bicgstab`, `normal_cg` or "

@@ -153,7 +153,8 @@ def hypergradient(
         f(λ) = E(w(λ), λ),    ∇f(λ) = ∇₂E + Bᵀ v,    (I − Jᵀ) v = ∇₁E,
 
     at the solver's w ≈ w(λ), as `estimator` approximates it. Nothing is hidden: `update` is a pure
-    function and works under `jit`, `vmap` and `lax.scan`.
+    function and works under `jit`, `vmap` and `lax.scan`. It is not to be differentiated again: a
+    Hessian is that of a decorated solver (`fixed_point`).
 
     The gradient is with respect to the inexact leaves of the first argument after the state, λ, of
     which there must be one; integers and keys ride along and get `float0` zeros. Further arguments
@@ -164,12 +165,13 @@ def hypergradient(
 
     Args:
         outer: `outer(w, lam, *args, **kwargs) -> scalar`.
-        phi: `phi(w, lam, *args, **kwargs) -> w`.
+        phi: `phi(w, lam, *args, **kwargs) -> w`. For an equation F(w, λ) = 0 it is `from_residual(F)`:
+            F itself would be solved as w = F(w, λ), which is another problem.
         solver: `solver(w0, lam, *args, **kwargs) -> w`. By default Newton's method, which needs no
             contraction: `newton`, to a relative residual of 1e-8.
         estimator: `itd()`, `truncated_itd(...)`, `aid(...)`; by default `aid()`.
         start: `cold()`, `warm()`, or another `Start`; `separately` has one for w and one for v.
-        on_failure: What becomes of the gradient when a solve failed: "nan", "warn", "raise" or
+        on_failure: What becomes of the gradient when a solve failed: "nan", "zero", "warn", "raise" or
             "ignore". The state keeps w, v and info in any case. "warn" and "raise" call back to the
             host, so that `jax.export` refuses `update`.
         monitor: `monitor(stage, info)`, called on the host with the `SolveInfo` of both solves of each

@@ -76,7 +76,7 @@ def progress_bar(total: int) -> Monitor:
     where a loop ends before. Other stages are passed over.
 
     Args:
-        total: The number of outer steps.
+        total: The number of outer steps, of all runs that the bar is to cover.
 
     Returns:
         A monitor; the same one for the same `total`, so that nothing is compiled again.

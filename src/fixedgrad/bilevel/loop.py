@@ -89,6 +89,9 @@ def bilevel(
     - `batches`: A pytree whose leaves have a leading axis of length `num_steps`. Step i gets slice i as
       its first data argument, before `*args`; hand a slice to `init` in the same place.
 
+    The state is a pytree of arrays: `pickle` or `orbax` saves it, and a loop that is made by the same
+    calls goes on from it. Histories join by `jax.tree.map(lambda *x: jnp.concatenate(x), h1, h2)`.
+
     Rows of the history after the end hold infinity and zeros, with `taken` false and `reason` set.
 
     Assumed, not checked: `project` is the projection that the optimiser's updates ask for; for

@@ -51,7 +51,8 @@ class Certificate(NamedTuple):
             given the constants.
         relative_error: `error` over the norm of the best gradient at hand.
         lower_part: The share of the error that comes from w ≠ w(λ) (a norm).
-        linear_part: The share of the error that comes from (I − Jᵀ)v ≠ ∇₁E (a norm).
+        linear_part: The share of the error that comes from (I − Jᵀ)v ≠ ∇₁E (a norm). A rough solve
+            tells the two apart: below a third of the other a part means nothing.
         remainder: An estimate of ‖g⁺ − ∇f‖; 0 where `proved`.
         gradient: ĝ = ∇₂E + Bᵀv, or the gradient that was given.
         polished: g⁺, the corrected hypergradient; ĝ where `valid` is false or `proved` true.

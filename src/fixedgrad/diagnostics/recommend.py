@@ -67,8 +67,8 @@ class Recommendation(NamedTuple):
         lines += [f"  warning: {w}" for w in self.warnings]
         symmetric = "symmetric" if self.symmetric else "not symmetric"
         lines.append(
-            f"  d = {self.size}, rho(J) = {self.spectral_radius:.4g}, |J| = {self.norm:.4g}, "
-            f"J {symmetric}, condition of I - J = {self.condition:.3g}, "
+            f"  d = {self.size}, rho(J) >= {self.spectral_radius:.4g}, |J| >= {self.norm:.4g}, "
+            f"J {symmetric}, condition of I - J >= {self.condition:.3g}, "
             f"|Phi(w) - w| = {self.residual:.2g}"
         )
         lines.append(f"  {'method':<46} {'usable':<7} {'products':>8} {'ms':>8} {'memory/w':>9}")

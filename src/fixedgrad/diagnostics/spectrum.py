@@ -32,10 +32,10 @@ class Solved(NamedTuple):
 
 
 def solve_lower(problem: Problem, rtol: Scalar, max_products: int | jax.Array = 20_000) -> Solved:
-    """The fixed point by Newton–Krylov, to `rtol` ‖Φ(w)‖ or to the floor."""
+    """The fixed point by Newton–Krylov: w to a hundredth of `rtol`, as estimated, or to the floor."""
     rtol = _as_norm(problem, rtol)
-    tau = rtol * problem.norm(problem.equation.phi(problem.w, problem.x))
-    done = solve_for_w(problem, problem.w, tau, Plain(krylov), (), max_products)
+    zero = jnp.zeros_like(rtol)
+    done = solve_for_w(problem, problem.w, zero, Plain(krylov), (), max_products, 0.01 * rtol)
     judged = judge_lower(problem._replace(w=done.w), rtol)
     return judged._replace(products=jnp.asarray(sum(done.spent)))
 
