@@ -169,9 +169,9 @@ def hypergradient(
             contraction: `newton`, to a relative residual of 1e-8.
         estimator: `itd()`, `truncated_itd(...)`, `aid(...)`; by default `aid()`.
         start: `cold()`, `warm()`, or another `Start`; `separately` has one for w and one for v.
-        on_failure: What becomes of the gradient when a solve failed: "nan", "warn", "raise" or
-            "ignore". The state keeps w, v and info in any case. "warn" and "raise" call back to the
-            host, so that `jax.export` refuses `update`.
+        on_failure: What becomes of the gradient when a solve failed: "nan", "zero", "warn",
+            "raise" or "ignore". The state keeps w, v and info in any case. "warn" and "raise" call
+            back to the host, so that `jax.export` refuses `update`.
         monitor: `monitor(stage, info)`, called on the host with the `SolveInfo` of both solves of each
             update, in order; see `fixed_point`. `None` for none.
 
