@@ -130,8 +130,8 @@ def adaptive_hypergradient(
             solver of yours is the one that knows which fixed point is meant, where there are several.
         start: Where w and v of an update start: `warm()` at those of the last that succeeded.
         safety: Factor on the estimate.
-        on_failure: What becomes of a gradient that missed the tolerance: "nan", "warn", "raise" or
-            "ignore". The state says how far it came in any case.
+        on_failure: What becomes of a gradient that missed the tolerance: "nan", "zero", "warn",
+            "raise" or "ignore". The state says how far it came in any case.
         monitor: As in `hypergradient`; it is called once an update.
 
     Returns:

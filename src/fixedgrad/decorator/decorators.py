@@ -91,6 +91,7 @@ def fixed_point(
         A decorator of solvers `solver(w0, *args, **kwargs) -> w`. The decorated solver has a
         `with_info(w0, *args, **kwargs) -> (w, info)`, with `has_aux` `((w, aux), info)`: what the
         solver says of itself, detached; the residual alone where it says nothing, `None` under `itd`.
+        This w is the solver's even where it failed, and not NaN: who gets the info decides by it.
 
     Raises:
         TypeError: `phi`, the solver or `monitor` is not callable, `estimator` is not an `Estimator`,
