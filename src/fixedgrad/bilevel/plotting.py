@@ -18,7 +18,7 @@ def draw(history: BilevelInfo, axes: Any) -> Any:
             f"`plot` draws the history that `run` returns, got one step: {shapes_of(rows.value)}."
         )
     if axes is None:
-        _, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+        _, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
     taken = rows.taken.reshape(-1, rows.taken.shape[-1])
     step = np.arange(taken.shape[-1])
 
