@@ -51,7 +51,18 @@ def test_every_recipe_is_in_the_gallery():
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_all_notebooks_hold(tmp_path):
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(DOCS), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "-j",
+        "2",
+        "--keep-going",
+        str(DOCS),
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     for notebook in NOTEBOOKS:
