@@ -217,3 +217,10 @@ def test_the_explicit_form_takes_a_residual():
         # (I − Jᵀ)v = ∇₁E with I − J = ∂₁F, whatever the system was divided by.
         v = np.linalg.solve(scale * np.linalg.inv(derivative(state.w, a)).T, np.cos(state.w))
         np.testing.assert_allclose(state.v, v, rtol=1e-6)
+
+
+def test_messages_name_the_decorator_that_was_used():
+    solve = fg.root(lambda w, lam: w - lam)(lambda w0, lam: lam)
+    with pytest.raises(TypeError) as caught:
+        jax.jvp(lambda lam: solve(0.0, lam), (1.0,), (1.0,))
+    assert any("`root` was given an estimator" in note for note in caught.value.__notes__)

@@ -55,16 +55,16 @@ _NEEDS_VALUES = (
     jax.errors.TracerIntegerConversionError,
 )
 _FROM_HOST = (
-    "`fixed_point` traces the solver, as `jax.jit` does. A solver in NumPy or SciPy, or Python code "
+    "`{where}` traces the solver, as `jax.jit` does. A solver in NumPy or SciPy, or Python code "
     "that needs concrete values, goes through `fixedgrad.from_host`."
 )
 _FORWARD_MODE = (
-    "`fixed_point` was given an estimator that has reverse mode alone: for `jvp`, `jacfwd` and "
+    "`{where}` was given an estimator that has reverse mode alone: for `jvp`, `jacfwd` and "
     "`linearize`, and for second derivatives of what holds this solver, decorate it with "
     "`fixedgrad.forward(estimator)`."
 )
 _FORWARD_PHI = (
-    "`fixed_point` differentiates `phi` in forward mode here, as `forward(...)`, `itd()` in a `jvp` "
+    "`{where}` differentiates `phi` in forward mode here, as `forward(...)`, `itd()` in a `jvp` "
     "and second derivatives of `aid` do, and a `jax.custom_vjp` in `phi` does not allow it: decorate a "
     "solver in `phi` with `fixedgrad.forward(...)` of its estimator, and write a function as a "
     "`jax.custom_jvp`. The solver may hold one as well: `picard` with `checkpoints=recursive()` does, "
@@ -109,9 +109,9 @@ def decorator(
             out = (w, aux) if has_aux else w
             return (out, info) if informed else out
 
-        refused = _FORWARD_PHI
+        refused = _FORWARD_PHI.format(where=where)
         if isinstance(estimator, Implicit) and not estimator.every_mode:
-            refused = _FORWARD_MODE
+            refused = _FORWARD_MODE.format(where=where)
 
         def entry(informed: bool) -> Callable[..., PyTree]:
             run = Compiled(functools.partial(call, informed))
@@ -233,7 +233,7 @@ def _implicit(
 
     def push_at(w: PyTree, x: PyTree, rest: PyTree, found: PyTree, x_dot: PyTree) -> PyTree:
         at, solve = at_found(solve_linearly, w, x, rest, found)
-        with no_custom_vjp(_FORWARD_PHI):
+        with no_custom_vjp(_FORWARD_PHI.format(where=where)):
             return estimator.jvp(at, w, x, x_dot, solve)
 
     pull: Callable[..., PyTree] = pull_at
@@ -307,7 +307,7 @@ def _run(
     What it `made` is for the preconditioner that it shares with the estimator, or `None`.
     """
     shared, made = None if has_aux else sharing(solver, reusable), None
-    with hint(*_NEEDS_VALUES, text=lambda: _FROM_HOST):
+    with hint(*_NEEDS_VALUES, text=lambda: _FROM_HOST.format(where=where)):
         if shared is None:
             out, info = solve_with_info(solver, w0, *args, **kwargs)
         else:
