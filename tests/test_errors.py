@@ -1036,7 +1036,8 @@ REMEDIES = {
     fg.Status.MAX_STEPS: (
         fg.picard(half, max_steps=2, rtol=1e-9, on_failure="raise"),
         "the lower-level solve failed: MAX_STEPS after 2 steps, residual 0.25.*; raise `max_steps`, "
-        "loosen `rtol`/`atol`, or start closer",
+        r"take a method that needs fewer \(`newton`, `dense`\), loosen `rtol`/`atol` where they are "
+        "finer than you need, or start closer",
     ),
     fg.Status.DIVERGED: (
         fg.picard(lambda w, lam: 2.0 * w + lam, max_steps=2, rtol=1e-9, on_failure="raise"),

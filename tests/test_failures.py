@@ -97,7 +97,8 @@ def test_the_message_says_which_solve_why_residual_tolerance_steps_and_what_to_t
     # From w₀ = 0 to w₂ = 1.5: Φ(w₂) − w₂ = 0.25, and Φ(w₂) = 1.75.
     expected = (
         "the lower-level solve failed: MAX_STEPS after 2 steps, residual 0.25 (tolerance 1.75e-09); "
-        "raise `max_steps`, loosen `rtol`/`atol`, or start closer."
+        "raise `max_steps`, take a method that needs fewer (`newton`, `dense`), loosen `rtol`/`atol` "
+        "where they are finer than you need, or start closer."
     )
     assert str(caught[0].message) == expected
 
