@@ -18,7 +18,7 @@ extensions = [
     "sphinx_design",
     "myst_nb",
 ]
-exclude_patterns = ["README.md", "**.ipynb_checkpoints"]
+exclude_patterns = ["**.ipynb_checkpoints"]
 
 html_theme = "sphinx_book_theme"
 html_title = "fixedgrad"
@@ -50,7 +50,6 @@ copybutton_prompt_text = ">>> |\\.\\.\\. "
 copybutton_prompt_is_regexp = True
 
 _SECTION = re.compile(r"(Args|Returns|Raises|Attributes|References):")
-_NAME = re.compile(r"`(\w+)`")
 _CODE = re.compile(r"`([^`]+)`")
 _MARKUP = re.compile(r"(?<![`\w*])\*(?=\w)|(?<=\w)_(?=[\s,.;:)])|(?<![`|])\|(?!`)")
 """What reST would take for emphasis, a reference or a substitution."""

@@ -230,6 +230,11 @@ class Jacobian(NamedTuple):
         return self.product(u)
 
     @property
+    def a(self) -> MatVec:
+        """U ↦ A u, A = I − M, by the one that is known."""
+        return self.complement or (lambda u: jax.tree.map(jnp.subtract, u, self.product(u)))
+
+    @property
     def known(self) -> MatVec:
         """The one of the two from which the other follows."""
         return self.complement or self.product

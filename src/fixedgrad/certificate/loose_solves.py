@@ -106,8 +106,7 @@ def loosely(
         once: Whether there is one stage, whatever `enough` says: then there is no loop.
         enough: Whether one is enough.
     """
-    of_j = jacobian(m)
-    of_a = of_j.complement or (lambda u: tree.sub(u, of_j.product(u)))
+    of_a = jacobian(m).a
     size, eps = norm(b), COMPUTATION * resolution(b)
 
     def stage(s: LooseSolve) -> LooseSolve:

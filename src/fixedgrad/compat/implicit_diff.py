@@ -11,11 +11,9 @@ import optax
 from ..decorator import fixed_point, root
 from ..errors import check_callable
 from ..estimators import aid
-from ..failure import STAGE, Policy, enforce
 from ..leaves import strongly_typed
-from ..linear.implicit import implicit_solve
-from ..types import Jacobian, MatVec, OnFailure, PyTree, Solver
-from .linear_solve import from_solve, solve_normal_cg
+from ..types import MatVec, OnFailure, PyTree, Solver
+from .linear_solve import from_solve, solve_normal_cg, solved
 
 tree = optax.tree
 
@@ -141,7 +139,8 @@ def root_vjp(
     """
     sol, args, cotangent = strongly_typed((sol, args, cotangent))
     _, pull = jax.vjp(optimality_fun, sol, *args)
-    u = _solved("root_vjp", solve, lambda u: pull(u)[0], cotangent, transposed=True)
+    linear_solver = from_solve("root_vjp", solve)
+    u = solved(linear_solver, lambda u: pull(u)[0], cotangent, transposed=True)
     return pull(tree.scale(-1, u))[1:]
 
 
@@ -180,14 +179,7 @@ def root_jvp(
     sol, args, tangents = strongly_typed((sol, args, tangents))
     _, change = jax.jvp(lambda *args: optimality_fun(sol, *args), args, tangents)
     _, push = jax.linearize(lambda w: optimality_fun(w, *args), sol)
-    return _solved("root_jvp", solve, push, tree.scale(-1, change), transposed=False)
-
-
-def _solved(where: str, solve: Solve, matvec: MatVec, b: PyTree, *, transposed: bool) -> PyTree:
-    policy = Policy("nan")
-    system = Jacobian.from_complement(matvec, transposed, any_scale=True)
-    x, info = implicit_solve(policy, from_solve(where, solve), system, b)
-    return enforce(policy, STAGE, info, x)
+    return solved(from_solve("root_jvp", solve), push, tree.scale(-1, change))
 
 
 def _by_reference(

@@ -51,7 +51,7 @@ def solve_lu(matvec: MatVec, b: PyTree, ridge: Scalar | None = None) -> PyTree:
     >>> solve_lu(lambda u: 2.0 * u, jnp.array([1.0, 3.0]))
     Array([0.5, 1.5], dtype=float64)
     """
-    return _solved(_elimination(ridge), matvec, b)
+    return solved(_elimination(ridge), matvec, b)
 
 
 def solve_cholesky(matvec: MatVec, b: PyTree, ridge: Scalar | None = None) -> PyTree:
@@ -95,7 +95,7 @@ def solve_cg(
     >>> solve_cg(lambda u: jnp.array([2.0, 4.0]) * u, jnp.array([1.0, 3.0]), tol=1e-9)
     Array([0.5 , 0.75], dtype=float64)
     """
-    return _solved(_conjugate(ridge, **options), matvec, b, init)
+    return solved(_conjugate(ridge, **options), matvec, b, init)
 
 
 def solve_normal_cg(
@@ -123,7 +123,7 @@ def solve_normal_cg(
     Returns:
         x, like `init`.
     """
-    return _solved(_normal(ridge, **options), matvec, b, init)
+    return solved(_normal(ridge, **options), matvec, b, init)
 
 
 def solve_gmres(
@@ -151,7 +151,7 @@ def solve_gmres(
     Returns:
         x, like b.
     """
-    return _solved(_restarted(ridge, tol=tol, **options), matvec, b, init)
+    return solved(_restarted(ridge, tol=tol, **options), matvec, b, init)
 
 
 def solve_bicgstab(
@@ -176,15 +176,16 @@ def solve_bicgstab(
     Returns:
         x, like b.
     """
-    return _solved(_stabilised(ridge, **options), matvec, b, init)
+    return solved(_stabilised(ridge, **options), matvec, b, init)
 
 
 def _elimination(ridge: Scalar | None = None) -> LinearSolver:
     def solver(matvec: MatVec, b: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
-        known = jacobian(matvec)
-        product, shift = _of_a(known), 0.0 if ridge is None else ridge
-        ridged = known.with_complement(lambda u: tree.add_scale(product(u), shift, u))
-        return dense()(known if ridge is None else ridged, b, x0)
+        m, shift = jacobian(matvec), ridge
+        if shift is not None:
+            a = m.a
+            m = m.with_complement(lambda u: tree.add_scale(a(u), shift, u))
+        return dense()(m, b, x0)
 
     return solver
 
@@ -233,7 +234,7 @@ def _normal(ridge: Scalar | None = None, **options: Any) -> LinearSolver:
         like = b if x0 is None else x0
         if ridge is None and options.get("M") is None and alike(like, b):
             return by_residual(matvec, b, x0)
-        a = _of_a(jacobian(matvec))
+        a = jacobian(matvec).a
 
         def adjoint(u: PyTree) -> PyTree:
             conjugated = functools.partial(jax.tree.map, jnp.conj)
@@ -273,7 +274,7 @@ def from_solve(where: str, solve: Callable[..., PyTree]) -> LinearSolver:
 
     def solver(matvec: MatVec, b: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
         del x0
-        a = _of_a(jacobian(matvec))
+        a = jacobian(matvec).a
         x = solve(a, b)
         check_same(where, x, b, "`solve(matvec, b)`", "`b`")
         size, residual = norm(b), norm(tree.sub(b, a(x)))
@@ -285,22 +286,20 @@ def from_solve(where: str, solve: Callable[..., PyTree]) -> LinearSolver:
     return solver
 
 
-def _solved(
-    linear_solver: LinearSolver, matvec: MatVec, b: PyTree, init: PyTree | None = None
+def solved(
+    linear_solver: LinearSolver,
+    matvec: MatVec,
+    b: PyTree,
+    init: PyTree | None = None,
+    *,
+    transposed: bool = False,
 ) -> PyTree:
     """X, or NaN where the solve failed; differentiable like the solution of the system."""
     b = jax.tree.map(jnp.asarray, b)
     policy = Policy("nan")
-    system = Jacobian.from_complement(matvec, any_scale=True)
-    if init is not None and not alike(
-        init, b
-    ):  # Not square: there is no rule but that of the steps.
+    system = Jacobian.from_complement(matvec, transposed, any_scale=True)
+    if init is not None and not alike(init, b):  # Not square: its steps are differentiated.
         x, info = linear_solver(system, b, init)
     else:
         x, info = implicit_solve(policy, linear_solver, system, b, init)
     return enforce(policy, STAGE, info, x)
-
-
-def _of_a(m: Jacobian) -> MatVec:
-    """Products with A = I − M."""
-    return m.complement or (lambda u: tree.sub(u, m(u)))

@@ -80,13 +80,10 @@ def linear_solve(policy: Policy, linear_solver: LinearSolver, matvec: MatVec, b:
         other = m.replaced(lambda u: jax.linear_transpose(m.known, b)(u)[0])
         return other._replace(transposed=not m.transposed)
 
-    def complement(m: Jacobian) -> MatVec:
-        return m.complement or (lambda u: optax.tree.sub(u, m(u)))
-
     m = jacobian(matvec)
     if not within_shard_map():
         return lax.custom_linear_solve(
-            complement(m),
+            m.a,
             b,
             lambda _, rhs: solve_with(m)(rhs),
             lambda _, rhs: solve_with(transpose(m))(rhs),
@@ -108,7 +105,7 @@ def linear_solve(policy: Policy, linear_solver: LinearSolver, matvec: MatVec, b:
         return wrapped
 
     x = lax.custom_linear_solve(
-        inside(complement),
+        inside(lambda m: m.a),
         of_b.varying(b),
         lambda _, rhs: inside(solve_with)(rhs),
         lambda _, rhs: inside(lambda m: solve_with(transpose(m)))(rhs),

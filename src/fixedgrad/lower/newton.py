@@ -271,14 +271,13 @@ def newton_krylov(
     def scaled(share: jax.Array, e: PyTree) -> PyTree:
         return jax.tree.map(lambda x: share.astype(x.dtype) * x, e)
 
-    unit = jnp.ones((), dtype)  # A plain step takes F as it is; an F of any scale in units of ∂₁F.
-    if equation.form is Form.ANY_SCALE:
+    plain, image_of = tree.sub, lambda _, image: image
+    if equation.form is Form.ANY_SCALE:  # A plain step then takes F in units of ∂₁F.
         signs = random_signs(w)
         _, change = jax.jvp(lambda u: equation.residual(u, x), (w,), (signs,))
         unit = ratio(size_of(signs), size_of(change))
-
-    def plain(u: PyTree, r: PyTree) -> PyTree:
-        return tree.sub(u, scaled(unit, r) if equation.form is Form.ANY_SCALE else r)
+        plain = lambda u, r: tree.sub(u, scaled(unit, r))  # noqa: E731
+        image_of = lambda u, _: plain(u, equation.residual(u, x))  # noqa: E731
 
     def unfinished(s: Newton) -> jax.Array:
         return ~s.met & jnp.isfinite(s.measured.norm) & affordable(s)
@@ -313,10 +312,7 @@ def newton_krylov(
             shorter = ~is_plain & (t.theta > 0.5**halvings)
             theta = t.theta / 2
             turned = tree.where(shorter, tree.sub(s.w, scaled(theta, e)), plain(s.w, r))
-            following = image
-            if equation.form is Form.ANY_SCALE:
-                following = plain(t.u, equation.residual(t.u, x))
-            onward = tree.where(is_plain, following, turned)
+            onward = tree.where(is_plain, image_of(t.u, image), turned)
             return _Trial(
                 tree.where(found, t.u, onward),
                 theta,
