@@ -89,6 +89,14 @@ from .starts import cold as cold
 from .starts import extrapolated as extrapolated
 from .starts import separately as separately
 from .starts import warm as warm
+from .stochastic import StochasticCertificate as StochasticCertificate
+from .stochastic import certify_stochastic as certify_stochastic
+from .stochastic import chunked as chunked
+from .stochastic import given_batches as given_batches
+from .stochastic import minibatches as minibatches
+from .stochastic import saba as saba
+from .stochastic import soba as soba
+from .stochastic import stochastic_hypergradient as stochastic_hypergradient
 from .types import Backward as Backward
 from .types import Estimator as Estimator
 from .types import Implicit as Implicit
@@ -128,6 +136,7 @@ __all__ = [
     "Solver",
     "Start",
     "Status",
+    "StochasticCertificate",
     "StopReason",
     "StopRule",
     "Unrolled",
@@ -142,8 +151,10 @@ __all__ = [
     "certified",
     "certify",
     "certify_proved",
+    "certify_stochastic",
     "cg",
     "check_gradient",
+    "chunked",
     "citation",
     "cold",
     "damped",
@@ -158,12 +169,14 @@ __all__ = [
     "from_optax",
     "from_optimistix",
     "from_residual",
+    "given_batches",
     "gmres",
     "gradient_descent",
     "heavy_ball",
     "hypergradient",
     "inverse",
     "itd",
+    "minibatches",
     "nested",
     "nesterov",
     "newton",
@@ -181,7 +194,10 @@ __all__ = [
     "recursive",
     "rematerialised",
     "root",
+    "saba",
     "separately",
+    "soba",
+    "stochastic_hypergradient",
     "truncated_itd",
     "unordered",
     "warm",

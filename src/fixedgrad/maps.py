@@ -15,7 +15,7 @@ from .errors import check_callable, check_number, check_same, check_scalar, shap
 from .leaves import fresh
 from .printing import printed
 from .real_form import steepest_ascent
-from .types import Phi, PyTree, ResidualMap, Scalar
+from .types import ComposedMap, Phi, PyTree, ResidualMap, Scalar
 
 Loss = Callable[..., jax.Array]
 StepSize = Scalar | Callable[..., Scalar]
@@ -244,7 +244,7 @@ def nesterov(loss: Loss, *, step_size: StepSize, momentum: Scalar) -> ResidualMa
 
 
 @printed
-def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Phi:
+def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> ComposedMap:
     """Proximal gradient: Φ(w, λ) = prox_{αg(·, λ)}(w − α ∇₁ℓ(w, λ)), for min ℓ + g.
 
     A projection is a prox, so projected gradient descent is this map. J is not symmetric in general
@@ -285,13 +285,14 @@ def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Phi:
     check_callable("proximal_gradient", "prox", prox, "prox(v, step_size, *args) -> w")
     alpha = _step_size("proximal_gradient", step_size)
 
-    def phi(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        step = alpha(*args, **kwargs)
+    def step(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         gradient = _gradient("proximal_gradient", loss, w, *args, **kwargs)
-        v = _subtracted(w, _scaled(step, gradient, w))
-        return prox(v, step, *args, **kwargs)
+        return _subtracted(w, _scaled(alpha(*args, **kwargs), gradient, w))
 
-    return phi
+    def proximal(v: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        return prox(v, alpha(*args, **kwargs), *args, **kwargs)
+
+    return ComposedMap(step, proximal)
 
 
 @printed
@@ -335,14 +336,23 @@ def damped(phi: Phi, *, damping: Scalar) -> Phi:
         of_phi = phi.residual  # pyright: ignore[reportAttributeAccessIssue]
         return _scaled(1 - jnp.asarray(damping), fresh(of_phi)(w, *args, **kwargs), w)
 
-    def damped_phi(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+    def mixed(w: PyTree, image: PyTree) -> PyTree:
         step = 1 - jnp.asarray(damping)
 
         def mix(x: jax.Array, y: jax.Array) -> jax.Array:
             return x + step.astype(jnp.result_type(y)) * (y - x) if _inexact(y) else y
 
-        return jax.tree.map(mix, w, fresh(phi)(w, *args, **kwargs))
+        return jax.tree.map(mix, w, image)
 
+    def damped_phi(w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        return mixed(w, fresh(phi)(w, *args, **kwargs))
+
+    if isinstance(phi, ComposedMap):
+        inner, after = phi.inner, phi.after
+        return ComposedMap(
+            lambda w, *args, **kwargs: (w, inner(w, *args, **kwargs)),
+            lambda u, *args, **kwargs: mixed(u[0], after(u[1], *args, **kwargs)),
+        )
     return ResidualMap(damped_phi, residual) if isinstance(phi, ResidualMap) else damped_phi
 
 

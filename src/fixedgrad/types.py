@@ -48,6 +48,30 @@ class ResidualMap:
         return self.phi(w, *args, **kwargs)
 
 
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class ComposedMap:
+    """A map Φ(w, λ) = G(T(w, λ), λ) of which T alone is a mean over data.
+
+    A proximal gradient step is one: T is the gradient step, G the proximal map. The mean over batches
+    of G(T) is not G of the mean of T, so whoever averages over data averages T.
+
+    Attributes:
+        inner: T, with the arguments of Φ; its result u may be any pytree.
+        after: G, `after(u, *args, **kwargs) -> w`.
+        name: How it prints: as the call that made it.
+    """
+
+    inner: Callable[..., PyTree]
+    after: Callable[..., PyTree]
+    name: str = "ComposedMap(...)"
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __call__(self, w: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        return self.after(self.inner(w, *args, **kwargs), *args, **kwargs)
+
+
 class Solver(Protocol):
     """The lower-level solver: `solver(w0, *args, **kwargs) -> w` with w ≈ Φ(w, λ)."""
 
