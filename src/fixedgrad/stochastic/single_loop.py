@@ -222,7 +222,8 @@ def saba(
     if isinstance(phi, ComposedMap):
         raise TypeError(
             "`saba` needs a `phi` that is a mean over rows, got a `proximal_gradient` map, whose mean "
-            "over blocks has another fixed point; take `stochastic_hypergradient`, with `batches_per_step`."
+            "over blocks has another fixed point; take `stochastic_hypergradient`, with larger batches "
+            "by `batches_per_step`."
         )
     draws = _Draws(_Tables.first, _from_tables, _check_blocks)
     options = (optimizer, linear_optimizer, on_failure, monitor)
