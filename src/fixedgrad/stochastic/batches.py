@@ -154,7 +154,9 @@ def minibatches(
     those of its rows.
 
     Without replacement every row comes once in an epoch, in a new order each time; the rest of an epoch
-    that is shorter than a batch is left out.
+    that is shorter than a batch is left out. Batches of one epoch are not independent: means of
+    products of several, as v is made of, are then no longer exactly those that are stated for
+    independent ones.
 
     Assumed, not checked: Φ and E are means over the rows, but for terms that do not depend on data; of
     a `proximal_gradient` map it is the loss.

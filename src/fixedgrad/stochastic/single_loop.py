@@ -365,8 +365,8 @@ def _from_tables(
     lower, upper = _sources(at.call)
     key = jax.random.wrap_key_data(tables.key, impl=jax.random.key_impl(lower.key))
     key, of_i, of_j = jax.random.split(key, 3)
-    i = jax.random.randint(of_i, (), 0, lower.num_rows // lower.batch_size)
-    j = jax.random.randint(of_j, (), 0, upper.num_rows // upper.batch_size)
+    i = jax.random.randint(of_i, (), 0, lower.num_rows // lower.batch_size, jnp.int32)
+    j = jax.random.randint(of_j, (), 0, upper.num_rows // upper.batch_size, jnp.int32)
 
     def block(source: Minibatches, i: jax.Array) -> PyTree:
         rows = i * source.batch_size + jnp.arange(source.batch_size, dtype=jnp.int32)
