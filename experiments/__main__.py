@@ -21,6 +21,7 @@ FOLDERS = {
     "figure2": "paper",
     "conv_eqm": "paper",
     "certificates": "library",
+    "stochastic": "library",
     "advice": "library",
     "distributed": "library",
     "benchmark": "benchmark",

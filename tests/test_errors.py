@@ -997,6 +997,137 @@ TRUST_ROWS = [
 ]
 
 
+ROWS_OF_DATA = jnp.ones((6, 2))
+BATCHES = fg.minibatches(ROWS_OF_DATA, 3)
+
+
+def mean_loss(w, lam, x):
+    return jnp.mean((x @ w - 1.0) ** 2) + jnp.sum(lam * w**2)
+
+
+MEAN_MAP = fg.gradient_descent(mean_loss, step_size=0.1)
+PROX_MAP = fg.proximal_gradient(mean_loss, lambda v, step, lam, x: v, step_size=0.1)
+
+
+def stochastic(**options):
+    return fg.stochastic_hypergradient(mean_loss, MEAN_MAP, **options)
+
+
+def _first(hypergrad, *data):
+    return hypergrad.init(ONES, ONES, *data)
+
+
+def _certify(*data, **options):
+    return fg.certify_stochastic(mean_loss, MEAN_MAP, ONES, ONES, ONES, *data, **options)
+
+
+STOCHASTIC_ROWS = [
+    Row(
+        "minibatches larger than the data",
+        ValueError,
+        "`batch_size` of `minibatches` must be at most the number of rows, 6, got 7; give the data",
+        lambda: fg.minibatches(ROWS_OF_DATA, 7),
+    ),
+    Row(
+        "minibatches of arrays of different lengths",
+        TypeError,
+        r"`data` of `minibatches` must be arrays with one leading axis of rows, got \(float64\[6,2\]",
+        lambda: fg.minibatches((ROWS_OF_DATA, ONES), 2),
+    ),
+    Row(
+        "given batches of nothing",
+        TypeError,
+        r"`batches` of `given_batches` must be arrays with one leading axis of batches, got \(\)",
+        lambda: fg.given_batches(()),
+    ),
+    Row(
+        "no batches among the arguments",
+        TypeError,
+        r"`stochastic_hypergradient` got no batches: none of its arguments after `lam` is `minibatches",
+        lambda: _first(stochastic(), ROWS_OF_DATA),
+    ),
+    Row(
+        "too few given batches",
+        ValueError,
+        "`stochastic_hypergradient` evaluates `phi` 21 times an update and was given 4 batches; give ",
+        lambda: _first(stochastic(), fg.given_batches(jnp.ones((4, 3, 2)))),
+    ),
+    Row(
+        "given batches with a schedule",
+        ValueError,
+        "`stochastic_hypergradient` with `given_batches` needs numbers of steps and batches that are ",
+        lambda: _first(stochastic(lower_steps=lambda n: n), fg.given_batches(jnp.ones((4, 3, 2)))),
+    ),
+    Row(
+        "a number of steps that is none",
+        ValueError,
+        "`lower_steps` of `stochastic_hypergradient` must be a positive integer or a function of the "
+        "number of updates, got 1.5 of type `float`",
+        lambda: stochastic(lower_steps=1.5),
+    ),
+    Row(
+        "saba of a proximal map",
+        TypeError,
+        "`saba` needs a `phi` that is a mean over rows, got a `proximal_gradient` map",
+        lambda: fg.saba(mean_loss, PROX_MAP),
+    ),
+    Row(
+        "saba of given batches",
+        TypeError,
+        r"`saba` needs one or two `minibatches` among the arguments, .* got \[given_batches\(",
+        lambda: _first(fg.saba(mean_loss, MEAN_MAP), fg.given_batches(jnp.ones((4, 3, 2)))),
+    ),
+    Row(
+        "saba of a batch size that does not divide the rows",
+        ValueError,
+        "`saba` cuts 6 rows into blocks of 4, which does not divide them; take a batch size of 3 or 6",
+        lambda: _first(fg.saba(mean_loss, MEAN_MAP), fg.minibatches(ROWS_OF_DATA, 4)),
+    ),
+    Row(
+        "chunks of no size",
+        ValueError,
+        r"`chunked` needs one of `chunk_size` \(rows\) and `memory` \(bytes\), got none",
+        lambda: fg.chunked(MEAN_MAP),
+    ),
+    Row(
+        "chunks of a memory that is no size",
+        ValueError,
+        "`memory` of `chunked` must be a number of bytes, or a text such as .256 MiB. .* got 'a lot'",
+        lambda: fg.chunked(MEAN_MAP, memory="a lot"),
+    ),
+    Row(
+        "chunks of a memory that is too small",
+        ValueError,
+        "`memory`=1 bytes of `chunked` are too few: a product over chunks of 1 rows takes .* bytes",
+        lambda: fg.chunked(MEAN_MAP, memory=1)(ONES, ONES, ROWS_OF_DATA),
+    ),
+    Row(
+        "chunks of what has no rows",
+        TypeError,
+        r"`chunked` averages over a common leading axis of the arguments \(2,\), got \['float64\[\]'\]",
+        lambda: fg.chunked(MEAN_MAP, chunk_size=2)(ONES, ONES, jnp.ones(())),
+    ),
+    Row(
+        "a certificate of more groups than rows",
+        ValueError,
+        r"`num_groups` of `certify_stochastic` must be at least 2 and at most the number of rows, 6, ",
+        lambda: _certify(BATCHES, num_groups=7),
+    ),
+    Row(
+        "a stochastic certificate without batches",
+        TypeError,
+        "`certify_stochastic` got no batches: none of its arguments after `lam` is",
+        lambda: _certify(ROWS_OF_DATA),
+    ),
+    Row(
+        "a stochastic certificate with a misspelt option",
+        TypeError,
+        "unexpected keyword argument 'groups'",
+        lambda: _certify(BATCHES, groups=3),
+    ),
+]
+
+
 def _run(**options):
     loop = fg.bilevel(HYPERGRAD, optax.sgd(0.1))
     return loop.run(loop.init(ONES, ONES), num_steps=2, **options)
@@ -1021,6 +1152,7 @@ ROWS = [
     *OTHER_ROWS,
     *BILEVEL_ROWS,
     *TRUST_ROWS,
+    *STOCHASTIC_ROWS,
 ]
 
 

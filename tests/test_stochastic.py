@@ -505,6 +505,16 @@ class TestNonSmooth:
         assert errors[2] < 0.5 * errors[0]
         assert errors[2] < 0.15
 
+    def test_at_a_kink_the_derivative_lies_between_the_one_sided_ones(self):
+        # w(λ) = max(λ, 0) at λ = 0.
+        smooth = lambda w, lam: 0.5 * (w - lam) ** 2  # noqa: E731
+        phi = fg.proximal_gradient(smooth, lambda u, *_: jnp.maximum(u, 0.0), step_size=0.5)
+        solve = fg.fixed_point(phi, fg.aid(fg.fp(max_steps=99, rtol=1e-12)))(
+            fg.picard(phi, num_steps=99)
+        )
+        derivative = float(jax.grad(lambda lam: solve(1.0, lam))(0.0))
+        assert 0 <= derivative <= 1
+
     def test_a_projected_step_serves(self):
         project = lambda u, step, lam, data: jnp.clip(u, 0.0, 0.3)  # noqa: E731
         phi = fg.proximal_gradient(self.smooth, project, step_size=0.2)

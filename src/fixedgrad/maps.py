@@ -248,8 +248,14 @@ def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Compose
     """Proximal gradient: Φ(w, λ) = prox_{αg(·, λ)}(w − α ∇₁ℓ(w, λ)), for min ℓ + g.
 
     A projection is a prox, so projected gradient descent is this map. J is not symmetric in general
-    although I − J is often well conditioned: `fp`, `gmres`, `normal_cg` or `dense`. At kinks (an
-    entry at a threshold) Φ is not differentiable and the derivative is one of several.
+    although I − J is often well conditioned: `fp`, `gmres`, `normal_cg` or `dense`.
+
+    A Φ with kinks has at each point the Jacobians of JAX's rules, which select one branch (at a tie of
+    `jnp.maximum` the mean of both). For a piecewise smooth Φ that contracts in w these form a
+    conservative derivative: w'(λ) from them is one too, equal to the derivative at almost every λ, and
+    `fp` converges to it linearly from the step on at which the w's branches no longer change. At a kink
+    itself (an entry at a threshold) it is one of several, none of which finite differences need have.
+    Before the branches have settled, error bounds for smooth Φ do not hold: a `Certificate` says `KINK`.
 
     Assumed, not checked: `prox` is the proximal map of αg with g convex, ℓ is L-smooth,
     0 < α < 2/L, and w(λ) is not at a kink.
@@ -279,7 +285,9 @@ def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Compose
     References:
         Combettes, Wajs, Signal Recovery by Proximal Forward-Backward Splitting, 2005; Bertrand et
         al., Implicit Differentiation of Lasso-type Models for Hyperparameter Optimization, ICML
-        2020.
+        2020; Bolte, Le, Pauwels, Silveti-Falls, Nonsmooth Implicit Differentiation for Machine Learning
+        and Optimization, NeurIPS 2021; Grazzi, Pontil, Salzo, Nonsmooth Implicit Differentiation, ICML
+        2024 (rates).
     """
     check_callable("proximal_gradient", "loss", loss, "loss(w, *args) -> scalar")
     check_callable("proximal_gradient", "prox", prox, "prox(v, step_size, *args) -> w")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ..errors import check_count, shapes_of, show
@@ -197,7 +198,7 @@ def minibatches(
 
 def as_key(key: Any) -> jax.Array:
     """A typed key, of one, of an integer as its seed, or of an old key, which is integers."""
-    if isinstance(key, int):
+    if isinstance(key, int | np.integer):
         return jax.random.key(key)
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return key if typed else jax.random.wrap_key_data(key)
