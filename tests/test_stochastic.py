@@ -291,6 +291,24 @@ class TestMeans:
         assert np.all(np.isfinite(again))
         assert_close(hypergrad.update(state, LAM, batches)[1].w, wanted, 1e-12)
 
+    def test_complex_fixed_points_serve(self):
+        z = X + 1j * jnp.roll(X, 1, 0)
+        smooth = lambda w, lam, z: 0.1 * jnp.mean(jnp.abs(z @ w - lam * (1 + 0j)) ** 2)  # noqa: E731
+        phi = fg.gradient_descent(smooth, step_size=1.0)
+        of_w = lambda w, lam, z: jnp.sum(jnp.abs(w) ** 2) + jnp.sum(w.real) + 0 * lam  # noqa: E731
+        hypergrad = fg.stochastic_hypergradient(of_w, phi, lower_steps=6, linear_steps=5)
+        source, w0 = fg.minibatches(z, N, replacement=False), jnp.zeros(D, complex)
+        grad, state = hypergrad.update(hypergrad.init(w0, 0.7, source), 0.7, source)
+        wanted, of_all = deterministic(phi, 6, 5, w0, jnp.asarray(0.7), z, of_w)
+        assert_close(grad, wanted, 1e-12)
+        assert_close(state.v, of_all.v, 1e-12)
+
+    def test_who_knows_no_batches_says_what_it_was_given(self):
+        hypergrad = fg.hypergradient(outer, PHI)
+        with pytest.raises(Exception, match=r".*") as caught:
+            hypergrad.init(0.0, LAM, fg.minibatches(DATA, 4))
+        assert "minibatches" in str(getattr(caught.value, "__notes__", "")) + str(caught.value)
+
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
     def test_dtypes_are_kept_and_nothing_is_traced_twice(self, dtype):
         data, w0, lam = jax.tree.map(lambda x: x.astype(dtype), (DATA, W0, LAM))
@@ -361,6 +379,28 @@ class TestOuterLoops:
         for _ in range(2):
             grad, state = update(state, LAM, source)
         assert np.all(np.isfinite(grad))
+
+    @pytest.mark.parametrize("name", HYPERGRADS)
+    def test_after_a_failure_other_batches_come(self, name):
+        hypergrad = self.HYPERGRADS[name]()
+        source = fg.minibatches((X.at[3, 0].set(jnp.nan), Y), 4)
+        state, finite = hypergrad.init(W0, LAM, source), []
+        for _ in range(60):
+            grad, state = hypergrad.update(state, LAM, source)
+            finite.append(bool(np.all(np.isfinite(grad))))
+        assert not all(finite)
+        assert any(finite[finite.index(False) :])
+
+    def test_a_run_takes_the_batches_of_a_loader_step_by_step(self):
+        hypergrad = fg.stochastic_hypergradient(outer, PHI, lower_steps=3, linear_steps=2)
+        loop = fg.bilevel(hypergrad, optax.sgd(0.05))
+        rows = jax.tree.map(lambda x: jnp.stack([jnp.stack([x] * 6)] * 4), DATA)
+        first = fg.given_batches(jax.tree.map(lambda x: x[0], rows))
+        state, history = loop.run(
+            loop.init(W0, LAM, first), batches=fg.given_batches(rows), num_steps=4
+        )
+        assert int(state.num_steps) == 4
+        assert_close(history.value[0], deterministic(PHI, 3, 2)[1].value, 1e-12)
 
     def test_soba_moves_along_the_gradients_of_the_lagrangian(self):
         hypergrad = fg.soba(outer, PHI, optax.sgd(0.5), optax.sgd(0.25))

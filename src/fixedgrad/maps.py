@@ -255,7 +255,7 @@ def proximal_gradient(loss: Loss, prox: Prox, *, step_size: StepSize) -> Compose
     conservative derivative: w'(λ) from them is one too, equal to the derivative at almost every λ, and
     `fp` converges to it linearly from the step on at which the w's branches no longer change. At a kink
     itself (an entry at a threshold) it is one of several, none of which finite differences need have.
-    Before the branches have settled, error bounds for smooth Φ do not hold: a `Certificate` says `KINK`.
+    Before the branches have settled the bounds for smooth Φ do not hold: a `Certificate` says `KINK`.
 
     Assumed, not checked: `prox` is the proximal map of αg with g convex, ℓ is L-smooth,
     0 < α < 2/L, and w(λ) is not at a kink.

@@ -75,11 +75,13 @@ class _Draws(NamedTuple):
     Attributes:
         first: `(call, of_phi, of_outer) -> draws`, from the shapes of directions.
         directions: `(at, w, v, draws) -> (of_phi, of_outer, draws)`.
+        passed_over: `(before, after) -> draws` where an update failed: the next one gets other batches.
         check: `(call)`, raising where the sources do not serve.
     """
 
     first: Callable[[Call, _OfPhi, _OfOuter], PyTree]
     directions: Callable[[Stochastic, PyTree, PyTree, PyTree], tuple[_OfPhi, _OfOuter, PyTree]]
+    passed_over: Callable[[PyTree, PyTree], PyTree]
     check: Callable[[Call], None]
 
 
@@ -153,6 +155,7 @@ def soba(
     draws = _Draws(
         lambda call, *_: Streams.first(call),
         directions,
+        lambda _, after: after,
         lambda call: check_given("soba", call, {"phi": 1, "outer": 1}),
     )
     options = (optimizer, linear_optimizer, on_failure, monitor)
@@ -225,7 +228,11 @@ def saba(
             "over blocks has another fixed point; take `stochastic_hypergradient`, with larger batches "
             "by `batches_per_step`."
         )
-    draws = _Draws(_Tables.first, _from_tables, _check_blocks)
+
+    def passed_over(before: _Tables, after: _Tables) -> _Tables:
+        return before._replace(key=after.key)
+
+    draws = _Draws(_Tables.first, _from_tables, passed_over, _check_blocks)
     options = (optimizer, linear_optimizer, on_failure, monitor)
     return _single_loop("saba", outer, phi, draws, *options)
 
@@ -261,7 +268,8 @@ def _single_loop(
         grad = enforce(policy, STAGE, of_v, grad)
 
         moved = _Memory(at.join_w(new_w), at.join_w(new_v), state, linear, after)
-        kept = tree.where(failed(lower) | failed(of_v), memory, moved)
+        stayed = memory._replace(draws=draws.passed_over(memory.draws, after))
+        kept = tree.where(failed(lower) | failed(of_v), stayed, moved)
         info = HypergradientInfo(lower, of_v)
         new = HypergradientState(of_outer.value, moved.w, moved.v, info, owned(kept), jnp.int32(0))
         return at.join_gradient(grad), new
