@@ -292,13 +292,15 @@ class TestMeans:
         assert_close(hypergrad.update(state, LAM, batches)[1].w, wanted, 1e-12)
 
     def test_complex_fixed_points_serve(self):
-        z = X + 1j * jnp.roll(X, 1, 0)
-        smooth = lambda w, lam, z: 0.1 * jnp.mean(jnp.abs(z @ w - lam * (1 + 0j)) ** 2)  # noqa: E731
+        z = jax.lax.complex(X, jnp.roll(X, 1, 0))
+        smooth = lambda w, lam, z: 0.1 * jnp.mean(jnp.abs(z @ w - lam.astype(jnp.complex128)) ** 2)  # noqa: E731
         phi = fg.gradient_descent(smooth, step_size=1.0)
         of_w = lambda w, lam, z: jnp.sum(jnp.abs(w) ** 2) + jnp.sum(w.real) + 0 * lam  # noqa: E731
         hypergrad = fg.stochastic_hypergradient(of_w, phi, lower_steps=6, linear_steps=5)
-        source, w0 = fg.minibatches(z, N, replacement=False), jnp.zeros(D, complex)
-        grad, state = hypergrad.update(hypergrad.init(w0, 0.7, source), 0.7, source)
+        source, w0 = fg.minibatches(z, N, replacement=False), jnp.zeros(D, jnp.complex128)
+        grad, state = hypergrad.update(
+            hypergrad.init(w0, jnp.asarray(0.7), source), jnp.asarray(0.7), source
+        )
         wanted, of_all = deterministic(phi, 6, 5, w0, jnp.asarray(0.7), z, of_w)
         assert_close(grad, wanted, 1e-12)
         assert_close(state.v, of_all.v, 1e-12)
