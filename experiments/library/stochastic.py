@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.ticker import NullLocator
 
 import fixedgrad as fg
 
@@ -364,6 +365,7 @@ def _draw(
         )
         bias.plot(steps, orders["exact_bias"], "-", color="#555555", label="k exact steps")
         bias.set(yscale="log", xlabel="k", ylabel="‖E g − ∇f‖", title="bias")
+        bias.set_xticks(steps)
         bias.legend()
         sizes = np.array(orders["sizes"])
         for name, label in (("variance_of_batch", "batch size"), ("variance_of_j", "J")):
@@ -377,6 +379,8 @@ def _draw(
             ylabel="E‖g − E g‖²",
             title="variance",
         )
+        variance.set_xticks(sizes, [str(x) for x in sizes])
+        variance.xaxis.set_minor_locator(NullLocator())
         variance.legend()
         certificate.boxplot(list(coverage.values()))
         certificate.set_xticks(
