@@ -23,6 +23,8 @@ FOLDERS = {
     "certificates": "library",
     "advice": "library",
     "distributed": "library",
+    "elastic_net": "judges",
+    "logistic_notebook": "judges",
     "benchmark": "benchmark",
 }
 """The experiments in reading order, and the folder of each. Each is a module with
