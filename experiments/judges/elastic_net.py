@@ -31,7 +31,7 @@ FLOAT64 = True
 
 _FLOOR = 1e-12  # Relative errors below it may be rounding.
 _CG_STOPS = 1e-10  # The residual at which the CG of the authors' library ends.
-_FIXED_STEPS = (1, 2, 10, 100)  # Of `fg.cg`, to see what it says of itself.
+_FIXED_STEPS = (1, 2, 100)  # Of `fg.cg`, to see what it says of itself.
 _STRIDE = 2  # Of FP's updates; it divides those of all grids, so that one program serves them.
 _LINEAR_STEPS = 300  # The k of the linear solves at w(λ).
 _LABELS = {
@@ -163,7 +163,7 @@ def main(options: argparse.Namespace) -> int:
 
 def _data(options: argparse.Namespace) -> Data:
     """The authors' recipe; `seed` is that of the split, which theirs does not name."""
-    x, y = make_regression(
+    made: Any = make_regression(
         n_samples=500,
         n_features=100,
         n_informative=30,
@@ -172,16 +172,27 @@ def _data(options: argparse.Namespace) -> Data:
         shuffle=False,
         random_state=3,
     )
-    rest, test = train_test_split(np.arange(500), test_size=0.4, random_state=options.seed)
-    share = 0.4 if options.validation == "rest" else len(test)
-    train, val = train_test_split(rest, test_size=share, random_state=options.seed)
+    x, y = made
+
+    def split(rows: np.ndarray, share: float | int) -> tuple[np.ndarray, np.ndarray]:
+        first, second = train_test_split(rows, test_size=share, random_state=options.seed)
+        return np.asarray(first), np.asarray(second)
+
+    rest, test = split(np.arange(500), 0.4)
+    train, val = split(rest, 0.4 if options.validation == "rest" else len(test))
     if options.scale != "none":
         x = (x - x[train].mean(axis=0)) / x[train].std(axis=0)
     if options.scale == "both":
         y = (y - y[train].mean()) / y[train].std()
     eigenvalues = np.linalg.eigvalsh(x[train].T @ x[train] / len(train))
-    parts = (jnp.asarray(part) for part in (x[train], y[train], x[val], y[val]))
-    return Data(*parts, float(max(eigenvalues[0], 0.0)), float(eigenvalues[-1]))
+    return Data(
+        jnp.asarray(x[train]),
+        jnp.asarray(y[train]),
+        jnp.asarray(x[val]),
+        jnp.asarray(y[val]),
+        float(max(eigenvalues[0], 0.0)),
+        float(eigenvalues[-1]),
+    )
 
 
 def _problem(data: Data) -> convergence.Problem:
