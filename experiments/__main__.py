@@ -24,6 +24,8 @@ FOLDERS = {
     "stochastic": "library",
     "advice": "library",
     "distributed": "library",
+    "elastic_net": "judges",
+    "logistic_notebook": "judges",
     "benchmark": "benchmark",
 }
 """The experiments in reading order, and the folder of each. Each is a module with

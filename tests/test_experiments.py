@@ -25,6 +25,7 @@ from sklearn import datasets
 
 from experiments.__main__ import FOLDERS, main
 from experiments.benchmark import accuracy, contestants, instances, outer
+from experiments.judges import elastic_net, logistic_notebook
 from experiments.problems import data
 from experiments.tools import collectives, convergence, report
 
@@ -257,6 +258,27 @@ def problem_of_two_maps():
         to_cg=lambda state: state.w,
     )
     return problem, lam
+
+
+def test_the_textbooks_cg_is_that_of_the_library_where_a_matrix_is_symmetric():
+    q = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (6, 6)))[0]
+    m, b = q @ jnp.diag(jnp.linspace(-0.5, 0.9, 6)) @ q.T, jnp.arange(1.0, 7.0)
+    for k in (1, 3, 6):
+        x, _ = jax.jit(lambda k: elastic_net._plain_cg(k, 1e-15)(lambda u: m @ u, b))(k)
+        np.testing.assert_allclose(x, fg.cg(num_steps=k)(lambda u: m @ u, b)[0], rtol=1e-9)
+
+
+def test_reverse_mode_through_the_last_steps_is_truncated_itd():
+    sample = logistic_notebook._data()
+    _, errors, _ = logistic_notebook._errors(sample)
+    outer, phi = logistic_notebook._problem(sample)
+    lam, w0, k = jnp.ones(20), jnp.zeros(20), 10
+    exact = fg.hypergradient(outer, phi, fg.newton(phi, max_steps=50, rtol=1e-14))
+    solver = fg.picard(phi, num_steps=logistic_notebook._T - k)
+    cut = fg.hypergradient(outer, phi, solver, fg.truncated_itd(num_steps=k))
+    truth, g = (h.update(h.init(w0, lam), lam)[0] for h in (exact, cut))
+    error = jnp.linalg.norm(g - truth) / jnp.linalg.norm(truth)
+    np.testing.assert_allclose(errors["itd"][k - 1], error, rtol=1e-9)
 
 
 def test_an_unknown_method_is_refused(problem_of_two_maps):

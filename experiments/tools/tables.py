@@ -477,6 +477,84 @@ def _short(name: str) -> str:
     return f"`{name.removeprefix('aid(').partition('(')[0]}`"
 
 
+def _elastic_net() -> str:
+    results, _ = _read("elastic_net/results")
+    header = ("", *(f"λ = {lam}" for lam in results))
+    columns = []
+    for r in results.values():
+        linear, solvers, c = r["linear_steps"], r["solvers"]["at_solution"], r["certificate"]
+        columns.append(
+            [
+                f"{r['active']} of 100, {r['condition']:.3g}",
+                f"{r['identified']}",
+                f"{np.log(r['rate']):.4f}",
+                f"{np.log(r['contraction']):.4f}",
+                *(f"{np.log(r['rates'][name]):.4f}" for name in ("itd", "fp_t")),
+                _digits(r["finite_differences"]["difference"]),
+                *(f"{linear[n]['1e-06']}" for n in ("fp_t", "cg_active", "cg_t")),
+                *(_solver(solvers[n]) for n in ("fp", "normal_cg", "gmres", "bicgstab", "cg")),
+                f"{c['valid_from']}",
+                f"{c['covered']} of {c['counted']}",
+                " / ".join(f"{x:.3g}" for x in c["ratio"]),
+            ]
+        )
+    names = (
+        "active set, condition number of H there",
+        "support found at t",
+        "log ρ(J)",
+        "log q of Φ",
+        "log rate of ITD",
+        "log rate of FP k = t",
+        "hypergradient beside central differences",
+        "at w(λ), steps to 10⁻⁶: FP",
+        "CG on the active set",
+        "CG on I − Jᵀ as it is",
+        "at w(λ), to 10⁻¹⁰: `fp`",
+        "`normal_cg`",
+        "`gmres`",
+        "`bicgstab`",
+        "`cg`, on I − Jᵀ as it is",
+        "certificate: valid from t",
+        "of these above the error, or at it",
+        "estimate over error: least / median / largest",
+    )
+    return _markdown(header, [list(row) for row in zip(names, *columns, strict=True)])
+
+
+def _solver(of: dict[str, Any]) -> str:
+    """The steps of a linear solve, and its status where that is a failure."""
+    steps = f"{of['steps']} steps, error {_digits(of['error'])}"
+    return (
+        steps if of["status"] == "CONVERGED" else f"`{of['status']}`, error {_digits(of['error'])}"
+    )
+
+
+def _logistic_notebook() -> str:
+    results, volatile = _read("logistic_notebook/results")
+    steps = results["steps"]
+    rows = [
+        [
+            name,
+            *(f"{r[key]:.4f}" for key in ("first", "lowest", "last", "exact")),
+            r["steps_to_level"],
+            f"{r['lower_steps']:.1f}, {r['linear_steps']:.1f}",
+            f"{1e3 * volatile['seconds'][name] / steps:.2f}",
+        ]
+        for name, r in results["loops"].items()
+    ]
+    header = (
+        "loop",
+        "first E(w, λ)",
+        "lowest",
+        "last",
+        "f at the last λ",
+        f"steps to {results['level']:g}",
+        "steps: lower, linear",
+        "ms a step",
+    )
+    return _markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__[1:]: f
     for f in (
@@ -497,6 +575,8 @@ TABLES: dict[str, Callable[[], str]] = {
         _distributed,
         _distributed_counts,
         _distributed_hosts,
+        _elastic_net,
+        _logistic_notebook,
         _kernel,
         _hypergradient,
         _accuracy,

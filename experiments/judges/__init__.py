@@ -1,0 +1,1 @@
+"""What other groups measured, repeated with this library, and what it adds beside."""
