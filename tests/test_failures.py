@@ -180,10 +180,10 @@ def test_each_failure_has_its_code_readable_under_jit_and_vmap(case: Case) -> No
 def test_the_codes_keep_their_numbers() -> None:
     names = (
         "NOT_RUN CONVERGED FIXED_STEPS AT_FLOOR NO_PROGRESS MAX_STEPS DIVERGED INDEFINITE "
-        "NOT_SYMMETRIC SINGULAR NON_FINITE NOT_FIXED TOO_FEW_STEPS"
+        "NOT_SYMMETRIC SINGULAR NON_FINITE NOT_FIXED TOO_FEW_STEPS NOT_A_MEAN"
     )
     assert [status.name for status in sorted(fg.Status)] == names.split()
-    assert [int(status) for status in sorted(fg.Status)] == list(range(13))
+    assert [int(status) for status in sorted(fg.Status)] == list(range(14))
 
 
 @pytest.mark.parametrize("estimator", [fg.itd(), fg.aid(fg.fp(num_steps=5))], ids=["itd", "aid"])

@@ -314,7 +314,7 @@ class TestMeans:
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
     def test_dtypes_are_kept_and_nothing_is_traced_twice(self, dtype):
         data, w0, lam = jax.tree.map(lambda x: x.astype(dtype), (DATA, W0, LAM))
-        traced = chex.assert_max_traces(n=9)(lambda w, lam, data: loss(w, lam, data))
+        traced = chex.assert_max_traces(n=12)(lambda w, lam, data: loss(w, lam, data))
         phi = fg.gradient_descent(traced, step_size=STEP)
         hypergrad = fg.stochastic_hypergradient(outer, phi, lower_steps=3, linear_steps=3)
         source = fg.minibatches(data, 4)
@@ -403,6 +403,26 @@ class TestOuterLoops:
         )
         assert int(state.num_steps) == 4
         assert_close(history.value[0], deterministic(PHI, 3, 2)[1].value, 1e-12)
+
+    @pytest.mark.parametrize("name", ["stochastic_hypergradient", "soba", "saba"])
+    @pytest.mark.parametrize("which", ["phi", "outer"])
+    def test_a_sum_over_rows_in_the_place_of_a_mean_gives_nan_and_a_code(self, name, which):
+        of_sum = lambda of: lambda w, lam, data: len(data[1]) * of(w, lam, data)  # noqa: E731
+        phi = fg.gradient_descent(of_sum(loss), step_size=STEP / N) if which == "phi" else PHI
+        e = of_sum(outer) if which == "outer" else outer
+        hypergrad = getattr(fg, name)(e, phi)
+        source = fg.minibatches(DATA, 4)
+        grad, state = hypergrad.update(hypergrad.init(W0, LAM, source), LAM, source)
+        assert np.all(np.isnan(grad))
+        assert fg.Status(int(state.info.lower.status)).name == "NOT_A_MEAN"
+
+    def test_a_function_of_one_batch_size_is_not_judged(self):
+        fixed = lambda w, lam, data: loss(w, lam, (data[0].reshape(4, D), data[1]))  # noqa: E731
+        phi = fg.gradient_descent(fixed, step_size=STEP)
+        hypergrad = fg.soba(outer, phi)
+        source = fg.minibatches(DATA, 4)
+        grad, _ = hypergrad.update(hypergrad.init(W0, LAM, source), LAM, source)
+        assert np.all(np.isfinite(grad))
 
     def test_soba_moves_along_the_gradients_of_the_lagrangian(self):
         hypergrad = fg.soba(outer, PHI, optax.sgd(0.5), optax.sgd(0.25))

@@ -69,6 +69,8 @@ _REMEDY = {
     "root is sought? Then phi = w - F",
     Status.TOO_FEW_STEPS: "the steps that `w` needed are too few for its derivative: start further "
     "from the solution, give `num_steps`, or use `aid`, whose derivative does not depend on the start",
+    Status.NOT_A_MEAN: "phi or outer of a batch twice is not that of the batch: divide sums over rows "
+    'by their number, as `jnp.mean` does, or say `on_failure="ignore"` where that is meant',
     Status.NON_FINITE: "NaN or infinity appeared: check `phi` and the solver at this point",
 }
 

@@ -117,6 +117,8 @@ class Status(enum.IntEnum):
       the function F whose root is sought? Then Φ = w − F.
     - `TOO_FEW_STEPS`: Steps that a tolerance on w ended, from a start too near to the solution, are too
       few for the derivative of w.
+    - `NOT_A_MEAN`: Φ or E of a batch twice is not that of the batch: a sum over rows, or otherwise no
+      mean over them, of which a batch tells nothing about all data.
     """
 
     NOT_RUN = 0
@@ -132,6 +134,7 @@ class Status(enum.IntEnum):
     NON_FINITE = 10
     NOT_FIXED = 11
     TOO_FEW_STEPS = 12
+    NOT_A_MEAN = 13
 
 
 def is_failure(status: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """What the stochastic forms share: Φ and E of a batch at one λ, means over batches, the state."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from ..leaves import (
 from ..lower.optimisers import check_optimizer
 from ..printing import by_name
 from ..problem import Equation
-from ..real_form import norm
+from ..real_form import norm, resolution
 from ..types import (
     ComposedMap,
     Outer,
@@ -31,7 +32,7 @@ from ..types import (
     SolveInfo,
     Status,
     solve_info,
-    status_where,
+    status_of,
 )
 from .batches import Call, Drawing, check_sources
 
@@ -125,6 +126,35 @@ class Stochastic(NamedTuple):
             return inner(self.join_w(w), self.lam, *batch.args, **batch.kwargs)
 
 
+def are_means(at: Stochastic, w: PyTree) -> jax.Array:
+    """Whether Φ and E of a batch twice are those of the batch, as means over its rows are.
+
+    A sum over rows is twice as large; a batch tells then nothing about all data. What does not take a
+    batch of twice the rows is not judged.
+    """
+
+    def values(batch: Call) -> tuple[PyTree, jax.Array]:
+        value, _, _ = at.value_and_gradients(batch, w)
+        return at.equation(batch).residual(w, at.x), value
+
+    once, _ = at.call.draw(Streams.first(at.call).phi)
+    twice = at.call.drawn_twice(Streams.first(at.call).phi)
+    r, e = values(once)
+    try:
+        r_twice, e_twice = values(twice)
+    except Exception:  # Whatever a function of one batch size may raise.
+        return jnp.asarray(True)
+    tolerance = math.sqrt(resolution((w, at.x)))
+
+    def same(one: PyTree, other: PyTree, least: jax.Array) -> jax.Array:
+        size = jnp.maximum(norm(one) + norm(other), least.astype(norm(one).dtype))
+        # NaN is another matter, of another status.
+        return ~(norm(tree.sub(other, one)) > tolerance * size)
+
+    nothing = jnp.zeros((), e.dtype)
+    return same(r, r_twice, tolerance * norm(w)) & same(e, e_twice, nothing)
+
+
 def about(phi: ComposedMap, u: PyTree) -> Phi:
     """The map with the value G(u) and the derivative G'(u) T'(w) of a batch.
 
@@ -172,10 +202,10 @@ def moved_by(
     return optax.apply_updates(x, updates), state
 
 
-def steps_info(num_steps: Any, residual: PyTree, x: PyTree) -> SolveInfo:
+def steps_info(num_steps: Any, residual: PyTree, x: PyTree, means: jax.Array) -> SolveInfo:
     """The info of a solve by steps of batches: the residual is that of its last batch."""
     finite = jnp.isfinite(norm(x)) & jnp.isfinite(norm(residual))
-    status = status_where(finite, Status.FIXED_STEPS, Status.NON_FINITE)
+    status = status_of(Status.FIXED_STEPS, (means, Status.NOT_A_MEAN), (finite, Status.NON_FINITE))
     return solve_info(num_steps, norm(residual), status)
 
 

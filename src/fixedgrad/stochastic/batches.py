@@ -159,7 +159,7 @@ def minibatches(
     products of several, as v is made of, are then no longer exactly those that are stated for
     independent ones.
 
-    Assumed, not checked: Φ and E are means over the rows, but for terms that do not depend on data; of
+    Φ and E have to be means over the rows, but for terms that do not depend on data; of
     a `proximal_gradient` map it is the loss.
 
     Cost: a gather of the rows at each draw; without replacement one permutation an epoch. Memory: the
@@ -292,6 +292,12 @@ class Call(NamedTuple):
         pairs = zip(self.sources, drawings, strict=True)
         drawn = [source.draw(drawing) for source, drawing in pairs]
         return self.replaced([batch for batch, _ in drawn]), tuple(after for _, after in drawn)
+
+    def drawn_twice(self, drawings: tuple[Drawing, ...]) -> "Call":
+        """The call with each batch of `draw` twice, one after the other."""
+        pairs = zip(self.sources, drawings, strict=True)
+        drawn = [source.draw(drawing)[0] for source, drawing in pairs]
+        return self.replaced([jax.tree.map(lambda x: jnp.concatenate([x, x]), x) for x in drawn])
 
 
 def is_source(x: Any) -> bool:

@@ -29,7 +29,16 @@ from ..mapped_axes import placed_like
 from ..monitor import Monitor
 from ..printing import printed
 from ..types import ComposedMap, OnFailure, Outer, Phi, PyTree, failed
-from .batched import PICARD, Stochastic, Streams, check_functions, first_w, moved_by, steps_info
+from .batched import (
+    PICARD,
+    Stochastic,
+    Streams,
+    are_means,
+    check_functions,
+    first_w,
+    moved_by,
+    steps_info,
+)
 from .batches import Call, Minibatches, check_given, take
 
 tree = optax.tree
@@ -60,6 +69,7 @@ class _Memory(NamedTuple):
         optimizer: The state of the optimiser of w.
         linear_optimizer: That of v.
         draws: What the way of drawing batches remembers.
+        means: Whether Φ and E are means over rows, as far as `init` could tell.
     """
 
     w: PyTree
@@ -67,6 +77,7 @@ class _Memory(NamedTuple):
     optimizer: PyTree
     linear_optimizer: PyTree
     draws: PyTree
+    means: jax.Array
 
 
 class _Draws(NamedTuple):
@@ -106,8 +117,9 @@ def soba(
     g is unbiased for ∇_λ L at (w, v, λ). For ∇f it is biased by what (w, v) lags behind λ, to first
     order in it; with steps that decrease the lag goes, and with constant ones it stays.
 
-    Assumed, not checked: Φ and E are means over rows. Of a `proximal_gradient` map G(T) the fixed point
-    of the mean of G(T_ζ) is found, which is that of Φ only where no entry scatters about a kink.
+    Φ and E have to be means over rows, which `init` looks at; see `stochastic_hypergradient`. Of a
+    `proximal_gradient` map G(T) the fixed point of the mean of G(T_ζ) is found, which is that of Φ only
+    where no entry scatters about a kink.
 
     Cost of an update: one Φ, one product with Jᵀ and Bᵀ from the same linearisation, one gradient of E,
     on a batch each. Memory: w, v, a batch.
@@ -185,7 +197,7 @@ def saba(
     The first `minibatches` among the arguments is that of Φ, the last one that of E; one alone serves
     both.
 
-    Assumed, not checked: as in `soba`; and Φ depends on the rows of the first source only, E on those
+    Assumed, not checked: Φ depends on the rows of the first source only, E on those
     of the last.
 
     Cost of an update: as `soba`. Memory: (blocks of Φ) × (2 w + λ) + (blocks of E) × (w + λ), where w
@@ -263,11 +275,12 @@ def _single_loop(
 
         new_w, state = moved_by(full, memory.optimizer, w, of_phi.r_w)
         new_v, linear = moved_by(full_linear, memory.linear_optimizer, v, minus_r_v)
-        lower, of_v = steps_info(1, of_phi.r_w, new_w), steps_info(1, minus_r_v, new_v)
+        lower = steps_info(1, of_phi.r_w, new_w, memory.means)
+        of_v = steps_info(1, minus_r_v, new_v, jnp.asarray(True))
         grad = enforce(policy, LOWER_STAGE, lower, grad)
         grad = enforce(policy, STAGE, of_v, grad)
 
-        moved = _Memory(at.join_w(new_w), at.join_w(new_v), state, linear, after)
+        moved = _Memory(at.join_w(new_w), at.join_w(new_v), state, linear, after, memory.means)
         stayed = memory._replace(draws=draws.passed_over(memory.draws, after))
         kept = tree.where(failed(lower) | failed(of_v), stayed, moved)
         info = HypergradientInfo(lower, of_v)
@@ -297,7 +310,7 @@ def _single_loop(
             return _of_phi(at, batch, w_x, partition(v0)[0]), _of_outer(at, batch, w_x)
 
         first = draws.first(call, *jax.eval_shape(of_batch))
-        memory = _Memory(w0, v0, states[0], states[1], first)
+        memory = _Memory(w0, v0, states[0], states[1], first, are_means(at, w_x))
         _, shapes = solved.eval_shape(memory, lam, *args, **kwargs)
         value, info = blank((shapes.value, shapes.info))
         return owned(HypergradientState(value, w0, v0, info, memory, jnp.int32(0)))

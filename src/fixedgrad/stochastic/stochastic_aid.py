@@ -27,6 +27,7 @@ from .batched import (
     Stochastic,
     Streams,
     about,
+    are_means,
     check_functions,
     check_schedule,
     first_w,
@@ -46,10 +47,12 @@ class _Memory(NamedTuple):
     Attributes:
         start: What the `Start` remembers, of w and v with the states of their optimisers.
         streams: Where the draws are.
+        means: Whether Φ and E are means over rows, as far as `init` could tell.
     """
 
     start: PyTree
     streams: Streams
+    means: jax.Array
 
 
 @printed
@@ -96,8 +99,10 @@ def stochastic_hypergradient(
     is not G of the mean, where entries of T scatter about a kink of G. Larger batches
     (`batches_per_step`) lessen that.
 
-    Assumed, not checked: Φ and E are means over rows, of a `proximal_gradient` map T is; the steps
-    converge.
+    Φ and E, of a `proximal_gradient` map T, have to be means over rows. `init` holds a batch beside the
+    same batch twice; where they differ the gradient is NaN, with the status `NOT_A_MEAN`.
+
+    Assumed, not checked: that the steps converge.
 
     Cost of an update: t evaluations of Φ, k products with Jᵀ, J with Bᵀ, J gradients of E, on one batch
     each (t and k of them times `batches_per_step`). Memory: w, v, the states of the optimisers, a
@@ -247,7 +252,8 @@ def stochastic_hypergradient(
         else:
             bv, _ = mean_over(j, mixed, batches_of_mixed)
 
-        of_w, of_linear = steps_info(t, r_w, w), steps_info(k, r_v, v)
+        means = memory.means
+        of_w, of_linear = steps_info(t, r_w, w, means), steps_info(k, r_v, v, jnp.asarray(True))
         grad = placed_like(tree.add(direct, bv), at.x)
         grad = enforce(policy, LOWER_STAGE, of_w, grad)
         grad = enforce(policy, STAGE, of_linear, grad)
@@ -256,7 +262,7 @@ def stochastic_hypergradient(
         recorded = start.record(memory.start, (w, lower), (v, linear))
         lost = failed(of_w) | failed(of_linear)
         kept = tree.where(lost, memory.start, recorded)
-        memory = owned(_Memory(kept, Streams(drawings, of_outer)))
+        memory = owned(_Memory(kept, Streams(drawings, of_outer), means))
         state = HypergradientState(
             value, w, v, HypergradientInfo(of_w, of_linear), memory, num_updates + 1
         )
@@ -278,7 +284,8 @@ def stochastic_hypergradient(
         w_x = partition(w0)[0]
         states = strongly_typed((full.init(w_x), full_linear.init(tree.zeros_like(w_x))))
         remembered = start.init((w0, states[0]), (v0, states[1]))
-        memory = _Memory(remembered, Streams.first(call))
+        means = are_means(Stochastic.at(where, outer, phi, w0, lam, call), w_x)
+        memory = _Memory(remembered, Streams.first(call), means)
         _, shapes = solved.eval_shape(memory, jnp.int32(0), lam, *args, **kwargs)
         value, info = blank((shapes.value, shapes.info))
         return owned(HypergradientState(value, w0, v0, info, memory, jnp.int32(0)))
