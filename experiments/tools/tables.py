@@ -472,6 +472,20 @@ def _compile() -> str:
     return _markdown(("seconds", "trace", "XLA", "both"), rows)
 
 
+def _stochastic() -> str:
+    results, volatile = _read("stochastic/results")
+    rows, seconds = results["rows"], volatile["seconds"]
+    names = list(rows["passes"])
+
+    def cells(i: int) -> list[str]:
+        return [
+            f"{_digits(rows['passes'][name][i])}, {_digits(seconds[name][i])} s" for name in names
+        ]
+
+    header = ["rows", *(f"{name}: passes, seconds" for name in names)]
+    return _markdown(header, [[f"{n}", *cells(i)] for i, n in enumerate(rows["sizes"])])
+
+
 def _short(name: str) -> str:
     """The linear solver in the name of an estimator."""
     return f"`{name.removeprefix('aid(').partition('(')[0]}`"
