@@ -590,6 +590,7 @@ TABLES: dict[str, Callable[[], str]] = {
         _distributed_counts,
         _distributed_hosts,
         _elastic_net,
+        _stochastic,
         _logistic_notebook,
         _kernel,
         _hypergradient,
