@@ -24,6 +24,7 @@ FOLDERS = {
     "advice": "library",
     "distributed": "library",
     "benchmark": "benchmark",
+    "hyper_cleaning": "judges",
 }
 """The experiments in reading order, and the folder of each. Each is a module with
 

@@ -1,0 +1,1 @@
+"""Experiments that hold the library to published settings of others."""

@@ -1,0 +1,213 @@
+"""The methods of `hyper_cleaning`: any hypergradient in the library's loop, and V-PBGD."""
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import fixedgrad as fg
+
+from ..problems import cleaning
+from ..problems.cleaning import Cleaning
+
+PyTree = Any
+
+
+class Setting(NamedTuple):
+    """One way to clean by the gradient of the validation loss.
+
+    Attributes:
+        optimizer: Of λ.
+        lower_steps: Steps of gradient descent on w in each outer step.
+        step_size: Of these.
+        estimator: How f is differentiated.
+        start: Where w and v of an outer step start.
+        penalty: Of the lower level, ½ penalty ‖w‖².
+        fresh: Whether each outer step starts at random weights of its own, as RHG does.
+    """
+
+    optimizer: optax.GradientTransformation
+    lower_steps: int
+    step_size: float
+    estimator: fg.Estimator
+    start: fg.Start = fg.warm()
+    penalty: float = 0.0
+    fresh: bool = False
+
+
+class Run(NamedTuple):
+    """What one run of a method left behind.
+
+    Attributes:
+        steps: The outer steps taken at each record.
+        value: E(w), the validation loss, which selects a record.
+        accuracy: On the test images, in %.
+        f1: Of the detection, in %.
+        seconds: Of the whole run, compiled before.
+    """
+
+    steps: np.ndarray
+    value: np.ndarray
+    accuracy: np.ndarray
+    f1: np.ndarray
+    seconds: float
+
+    def at(self, rule: str) -> tuple[float, float, int]:
+        """Accuracy, F1 and the number of steps at the record of a rule.
+
+        Args:
+            rule: "validation" (the least E), "test" (MLS-Bench's, the best accuracy) or "last".
+        """
+        at = {
+            "validation": np.argmin(self.value),
+            "test": np.argmax(self.accuracy),
+            "last": len(self.value) - 1,
+        }[rule]
+        return float(self.accuracy[at]), float(self.f1[at]), int(self.steps[at])
+
+
+def run(
+    setting: Setting, tasks: list[Cleaning], widths: list[int], seed: int, num_steps: int
+) -> list[Run]:
+    """Runs `num_steps` of one setting on every task: one compilation serves them all."""
+    loss = cleaning.lower_loss(setting.penalty)
+    phi = fg.gradient_descent(
+        lambda w, lam, _, task: loss(w, lam, task), step_size=setting.step_size
+    )
+    descend = fg.picard(phi, num_steps=setting.lower_steps)
+
+    def from_fresh(w0: PyTree, lam: jax.Array, fresh: PyTree, task: Cleaning) -> PyTree:
+        return descend(fresh if setting.fresh else w0, lam, fresh, task)
+
+    # Steps of an exact number stop early by intention: what they leave is no failure.
+    hypergrad = fg.hypergradient(
+        lambda w, lam, _, task: cleaning.outer(w, lam, task),
+        phi,
+        from_fresh if setting.fresh else descend,
+        setting.estimator,
+        start=setting.start,
+        on_failure="ignore",
+    )
+    loop = fg.bilevel(hypergrad, setting.optimizer)
+
+    def started(task: Cleaning, key: jax.Array) -> tuple[fg.BilevelState, PyTree]:
+        keys = jax.random.split(key, num_steps)
+        batches = (
+            jax.vmap(lambda key: cleaning.initial(key, widths))(keys) if setting.fresh else None
+        )
+        if batches is None:
+            batches = jnp.zeros((num_steps, 1))
+        first = jax.tree.map(lambda x: x[0], batches)
+        lam = jnp.zeros(len(task.y), jnp.float32)
+        return loop.init(cleaning.initial(key, widths), lam, first, task), batches
+
+    def go(state: fg.BilevelState, batches: PyTree, task: Cleaning) -> fg.BilevelInfo:
+        # Weights are recorded, and tested afterwards: the clock runs for the method alone.
+        return loop.run(state, task, num_steps=num_steps, batches=batches, metrics=_recorded)[1]
+
+    keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(len(tasks))]
+    compiled = jax.jit(go).lower(*started(tasks[0], keys[0]), tasks[0]).compile()
+    runs = []
+    for task, key in zip(tasks, keys, strict=True):
+        state, batches = jax.block_until_ready(started(task, key))
+        begun = time.perf_counter()
+        history = jax.block_until_ready(compiled(state, batches, task))
+        seconds = time.perf_counter() - begun
+        steps = np.arange(1, num_steps + 1)
+        runs.append(Run(steps, *tested(*history.metrics, task), seconds))
+    return runs
+
+
+def _recorded(state: fg.BilevelState) -> tuple[PyTree, jax.Array]:
+    """The weights at which the hypergradient was taken, and λ after the step that it made."""
+    return state.hypergrad.w, state.lam
+
+
+@jax.jit
+def tested(w: PyTree, lam: jax.Array, task: Cleaning) -> tuple[jax.Array, ...]:
+    """E, accuracy and F1 of stacked weights and λ."""
+
+    def one(record: tuple[PyTree, jax.Array]) -> tuple[jax.Array, ...]:
+        w, lam = record
+        found = cleaning.outer(w, lam, task), cleaning.accuracy(w, task)
+        return *found, cleaning.detection(lam, task.clean)
+
+    return jax.lax.map(one, (w, lam))
+
+
+def best_iterate(
+    task: Cleaning, lam: jax.Array, w0: PyTree, step_size: float, num_steps: int
+) -> float:
+    """The best test accuracy of the iterates of the lower level: what MLS-Bench reports of RHG."""
+    phi = fg.gradient_descent(cleaning.lower_loss(0.0), step_size=step_size)
+
+    @jax.jit
+    def highest(w0: PyTree, lam: jax.Array, task: Cleaning) -> jax.Array:
+        def step(w: PyTree, _: None) -> tuple[PyTree, jax.Array]:
+            w = phi(w, lam, task)
+            return w, cleaning.accuracy(w, task)
+
+        return jnp.max(jax.lax.scan(step, w0, None, length=num_steps)[1])
+
+    return float(highest(w0, lam, task))
+
+
+class Penalty(NamedTuple):
+    """The step sizes of V-PBGD, and γ's schedule: from 0 to `gamma` in `ramp` steps."""
+
+    lam: float = 0.1
+    w: float = 0.1
+    inner: float = 0.01
+    gamma: float = 0.2
+    ramp: int = 30_000
+
+
+def penalty_run(
+    setting: Penalty, tasks: list[Cleaning], widths: list[int], seed: int, num_steps: int
+) -> list[Run]:
+    """V-PBGD as MLS-Bench has it: descent on E + γ (ℓ(w, λ) − ℓ(u, λ)) in w and λ, u descends on ℓ.
+
+    E is in the objective of w: the w that is tested has been trained on the validation images.
+    A record every 10 steps.
+    """
+    loss = cleaning.lower_loss(0.0)
+
+    def step(c: PyTree, i: jax.Array, task: Cleaning) -> PyTree:
+        w, u, lam = c
+        u = _descended(u, jax.grad(loss)(u, lam, task), setting.inner)
+        gamma = jnp.minimum(setting.gamma * i / setting.ramp, setting.gamma)
+        decay = jnp.where(gamma > 1, 1 / gamma, 1.0)
+
+        def objective(w: PyTree, lam: jax.Array) -> jax.Array:
+            gap = loss(w, lam, task) - loss(u, lam, task)
+            return decay * (cleaning.outer(w, lam, task) + gamma * gap)
+
+        by_w, by_lam = jax.grad(objective, argnums=(0, 1))(w, lam)
+        return _descended(w, by_w, setting.w), u, lam - setting.lam * by_lam
+
+    def go(w0: PyTree, task: Cleaning) -> PyTree:
+        def ten(c: PyTree, i: jax.Array) -> tuple[PyTree, PyTree]:
+            c = jax.lax.fori_loop(0, 10, lambda j, c: step(c, 10 * i + j, task), c)
+            return c, (c[0], c[2])
+
+        lam = jnp.zeros(len(task.y), jnp.float32)
+        return jax.lax.scan(ten, (w0, w0, lam), jnp.arange(num_steps // 10))[1]
+
+    keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(len(tasks))]
+    starts = [cleaning.initial(key, widths) for key in keys]
+    compiled = jax.jit(go).lower(starts[0], tasks[0]).compile()
+    runs = []
+    for task, w0 in zip(tasks, starts, strict=True):
+        begun = time.perf_counter()
+        records = jax.block_until_ready(compiled(w0, task))
+        seconds = time.perf_counter() - begun
+        steps = 10 * np.arange(1, num_steps // 10 + 1)
+        runs.append(Run(steps, *tested(*records, task), seconds))
+    return runs
+
+
+def _descended(w: PyTree, grad: PyTree, step_size: float) -> PyTree:
+    return jax.tree.map(lambda x, g: x - step_size * g, w, grad)
