@@ -1,6 +1,7 @@
 """The methods of `hyper_cleaning`: any hypergradient in the library's loop, and V-PBGD."""
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,8 @@ class Setting(NamedTuple):
 
     Attributes:
         optimizer: Of λ.
-        lower_steps: Steps of gradient descent on w in each outer step.
-        step_size: Of these.
+        solver: `solver(loss, phi)`, a solver of the lower level.
+        step_size: Of the gradient descent Φ.
         estimator: How f is differentiated.
         start: Where w and v of an outer step start.
         penalty: Of the lower level, ½ penalty ‖w‖².
@@ -30,12 +31,22 @@ class Setting(NamedTuple):
     """
 
     optimizer: optax.GradientTransformation
-    lower_steps: int
+    solver: Callable[..., fg.Solver]
     step_size: float
     estimator: fg.Estimator
     start: fg.Start = fg.warm()
     penalty: float = 0.0
     fresh: bool = False
+
+
+def descent(num_steps: int) -> Callable[..., fg.Solver]:
+    """So many steps of Φ."""
+    return lambda _, phi: fg.picard(phi, num_steps=num_steps)
+
+
+def lbfgs(num_steps: int) -> Callable[..., fg.Solver]:
+    """So many steps of L-BFGS, which begins anew in each outer step."""
+    return lambda loss, _: fg.from_optax(loss, optax.lbfgs(), num_steps=num_steps)
 
 
 class Run(NamedTuple):
@@ -73,11 +84,14 @@ def run(
     setting: Setting, tasks: list[Cleaning], widths: list[int], seed: int, num_steps: int
 ) -> list[Run]:
     """Runs `num_steps` of one setting on every task: one compilation serves them all."""
-    loss = cleaning.lower_loss(setting.penalty)
-    phi = fg.gradient_descent(
-        lambda w, lam, _, task: loss(w, lam, task), step_size=setting.step_size
-    )
-    descend = fg.picard(phi, num_steps=setting.lower_steps)
+    of_w = cleaning.lower_loss(setting.penalty)
+
+    def loss(w: PyTree, lam: jax.Array, fresh: PyTree, task: Cleaning) -> jax.Array:
+        del fresh
+        return of_w(w, lam, task)
+
+    phi = fg.gradient_descent(loss, step_size=setting.step_size)
+    descend = setting.solver(loss, phi)
 
     def from_fresh(w0: PyTree, lam: jax.Array, fresh: PyTree, task: Cleaning) -> PyTree:
         return descend(fresh if setting.fresh else w0, lam, fresh, task)
@@ -117,13 +131,20 @@ def run(
         history = jax.block_until_ready(compiled(state, batches, task))
         seconds = time.perf_counter() - begun
         steps = np.arange(1, num_steps + 1)
-        runs.append(Run(steps, *tested(*history.metrics, task), seconds))
+        runs.append(_run(steps, history.metrics, task, seconds))
     return runs
 
 
 def _recorded(state: fg.BilevelState) -> tuple[PyTree, jax.Array]:
     """The weights at which the hypergradient was taken, and λ after the step that it made."""
     return state.hypergrad.w, state.lam
+
+
+def _run(
+    steps: np.ndarray, records: tuple[PyTree, jax.Array], task: Cleaning, seconds: float
+) -> Run:
+    value, accuracy, f1 = map(np.asarray, tested(*records, task))
+    return Run(steps, value, accuracy, f1, seconds)
 
 
 @jax.jit
@@ -136,23 +157,6 @@ def tested(w: PyTree, lam: jax.Array, task: Cleaning) -> tuple[jax.Array, ...]:
         return *found, cleaning.detection(lam, task.clean)
 
     return jax.lax.map(one, (w, lam))
-
-
-def best_iterate(
-    task: Cleaning, lam: jax.Array, w0: PyTree, step_size: float, num_steps: int
-) -> float:
-    """The best test accuracy of the iterates of the lower level: what MLS-Bench reports of RHG."""
-    phi = fg.gradient_descent(cleaning.lower_loss(0.0), step_size=step_size)
-
-    @jax.jit
-    def highest(w0: PyTree, lam: jax.Array, task: Cleaning) -> jax.Array:
-        def step(w: PyTree, _: None) -> tuple[PyTree, jax.Array]:
-            w = phi(w, lam, task)
-            return w, cleaning.accuracy(w, task)
-
-        return jnp.max(jax.lax.scan(step, w0, None, length=num_steps)[1])
-
-    return float(highest(w0, lam, task))
 
 
 class Penalty(NamedTuple):
@@ -205,7 +209,7 @@ def penalty_run(
         records = jax.block_until_ready(compiled(w0, task))
         seconds = time.perf_counter() - begun
         steps = 10 * np.arange(1, num_steps // 10 + 1)
-        runs.append(Run(steps, *tested(*records, task), seconds))
+        runs.append(_run(steps, records, task, seconds))
     return runs
 
 
