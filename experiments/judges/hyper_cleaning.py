@@ -28,7 +28,8 @@ from .ehrhardt_roberts import GOAL, PRODUCTS, START, Judged
 FLOAT64 = False
 
 _OUTER_STEPS = 100  # MLS-Bench's.
-_OURS, _LONG = "AID, warm, Adam", "AID, warm, equal time"
+_OURS, _LONG = "AID, warm, Adam", "AID, warm, longer"
+_ACCURATE = "  k = 10"
 _ALONE = "  γ = 0: validation alone"
 _RULES = ("validation", "test", "last")
 
@@ -52,7 +53,7 @@ class Size(NamedTuple):
 _SIZES = {
     "quick": Size("digits", (200, 200, 400), (300, 200, 1), 1, 1, 5, 10, 3, 20, 10, 5),
     "default": Size(
-        "mnist", (5000, 5000, 10000), (20000, 5000, 1), 2, 1, 100, 500, 3, 300, 200, 40
+        "mnist", (5000, 5000, 10000), (20000, 5000, 1), 3, 1, 100, 500, 3, 300, 200, 100
     ),
     "full": Size(
         "mnist", (5000, 5000, 10000), (20000, 5000, 1), 5, 5, 100, 500, 100, 40_000, 2000, 200
@@ -117,14 +118,17 @@ def _settings(size: Size, step_size: float) -> dict[str, tuple[Setting, int, int
         "  cold": {"start": fg.cold()},
         "  descent, t = 20": {"solver": descent(20)},
         "  descent, t = 5": {"solver": descent(5)},
-        "  k = 10": {"estimator": _aid(10)},
+        _ACCURATE: {"estimator": _aid(10)},
         "  no penalty": {"penalty": 0.0},
     }
     return {
         "RHG": (rhg, size.rhg_steps, one),
         "RHG, Adam": (rhg._replace(optimizer=optax.adam(0.1)), size.rhg_steps, one),
         _OURS: (ours, n, size.seeds),
-        **{name: (ours._replace(**fields), n, one) for name, fields in changed.items()},
+        **{
+            name: (ours._replace(**fields), n, size.seeds if name == _ACCURATE else one)
+            for name, fields in changed.items()
+        },
     }
 
 
@@ -238,13 +242,19 @@ def _count(products: int | None) -> str:
 
 def _check(claims: report.Claims, runs: dict[str, list[Run]], judged: Judged, size: str) -> None:
     best = PUBLISHED["V-PBGD"]
-    for name in (_OURS, _LONG):
+    for name in (_OURS, _ACCURATE, _LONG):
         accuracy, f1 = (float(np.mean([r.at("validation")[i] for r in runs[name]])) for i in (0, 1))
         claims.check(
-            f"{name}: accuracy ≥ 90.1 %", accuracy >= 90.1, f"{accuracy:.2f}", required=False
+            f"{name.strip()}: accuracy ≥ 90.1 %",
+            accuracy >= 90.1,
+            f"{accuracy:.2f}",
+            required=False,
         )
         claims.check(
-            f"{name}: F1 ≥ 91.7 %", f1 >= 91.7, f"{f1:.2f}, V-PBGD {best.f1}", required=False
+            f"{name.strip()}: F1 ≥ 91.7 %",
+            f1 >= 91.7,
+            f"{f1:.2f}, V-PBGD {best.f1}",
+            required=False,
         )
     ours, rhg = (runs[k][0].seconds / int(runs[k][0].steps[-1]) for k in (_OURS, "RHG"))
     # Times and sizes of a test show nothing.
@@ -280,7 +290,7 @@ _SHOWN = {
     "RHG": "#d55e00",
     _OURS: "#0072b2",
     _LONG: "#56b4e9",
-    "  k = 10": "#b58900",
+    _ACCURATE: "#b58900",
     "V-PBGD": "#007a55",
 }
 
@@ -310,10 +320,8 @@ def _draw(path: Path, runs: dict[str, list[Run]]) -> None:
                         PUBLISHED[name][of], color="#555555", linestyle=style, label=label
                     )
                 panel.set(xscale="log", xlabel=axis, ylabel=title)
-                low = min(
-                    float(np.min(getattr(runs[k][0], ("accuracy", "f1")[of]))) for k in _SHOWN
-                )
-                panel.set_ylim(bottom=max(low, 70))
+                ends = [float(getattr(runs[k][0], ("accuracy", "f1")[of])[-1]) for k in _SHOWN]
+                panel.set_ylim(bottom=min(ends) - 4)
         fig.legend(loc="outside lower center", ncols=4)
 
 
