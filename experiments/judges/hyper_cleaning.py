@@ -48,10 +48,24 @@ class Size(NamedTuple):
     pbgd_steps: int
     long_steps: int  # At most so many of ours at equal time.
     second_steps: int
+    needed: tuple[str, ...] = ()  # The settings to be run; all where there are none.
 
 
 _SIZES = {
-    "quick": Size("digits", (200, 200, 400), (300, 200, 1), 1, 1, 5, 10, 3, 20, 10, 5),
+    "quick": Size(
+        "digits",
+        (200, 200, 400),
+        (300, 200, 1),
+        1,
+        1,
+        5,
+        10,
+        3,
+        20,
+        10,
+        5,
+        ("RHG", _OURS, _ACCURATE),
+    ),
     "default": Size(
         "mnist", (5000, 5000, 10000), (20000, 5000, 1), 3, 1, 100, 500, 3, 300, 200, 100
     ),
@@ -121,7 +135,7 @@ def _settings(size: Size, step_size: float) -> dict[str, tuple[Setting, int, int
         _ACCURATE: {"estimator": _aid(10)},
         "  no penalty": {"penalty": 0.0},
     }
-    return {
+    found = {
         "RHG": (rhg, size.rhg_steps, one),
         "RHG, Adam": (rhg._replace(optimizer=optax.adam(0.1)), size.rhg_steps, one),
         _OURS: (ours, n, size.seeds),
@@ -130,6 +144,7 @@ def _settings(size: Size, step_size: float) -> dict[str, tuple[Setting, int, int
             for name, fields in changed.items()
         },
     }
+    return {name: of for name, of in found.items() if not size.needed or name in size.needed}
 
 
 def _aid(k: int) -> fg.Estimator:
