@@ -1,4 +1,4 @@
-"""Warm AID cleans data: the accuracy of MLS-Bench's best method in a fraction of RHG's time.
+"""A step of warm AID cleans data in a fraction of the time of a step of RHG; beside published figures.
 
 (1) MLS-Bench's hyper-cleaning: 5000 MNIST images, half of their labels drawn anew, a weight σ(λ_i) for
 each. Test accuracy and F1 of the detection (λ_i ≥ 0), of RHG and V-PBGD with their published settings
@@ -46,7 +46,7 @@ class Size(NamedTuple):
     unrolled: int  # RHG's T.
     rhg_steps: int
     pbgd_steps: int
-    long_steps: int  # At most so many of ours at equal time.
+    long_steps: int  # At most so many of ours, up to RHG's time.
     second_steps: int
     needed: tuple[str, ...] = ()  # The settings to be run; all where there are none.
 
