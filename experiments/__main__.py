@@ -27,6 +27,7 @@ FOLDERS = {
     "elastic_net": "judges",
     "logistic_notebook": "judges",
     "benchmark": "benchmark",
+    "hyper_cleaning": "judges",
 }
 """The experiments in reading order, and the folder of each. Each is a module with
 
