@@ -216,7 +216,7 @@ def penalty_run(
 def validation_run(
     penalty: float, tasks: list[Cleaning], widths: list[int], seed: int
 ) -> list[Run]:
-    """No bilevel method: w fitted to the validation images alone, which then judges the labels.
+    """No bilevel method: w fitted to the validation images alone, which then judges labels.
 
     A label counts as clean where its cross-entropy is at most that of a guess, ln 10: λ_i stands for the
     difference.
