@@ -218,8 +218,8 @@ def validation_run(
 ) -> list[Run]:
     """No bilevel method: w fitted to the validation images alone, which then judges labels.
 
-    A label counts as clean where its cross-entropy is at most that of a guess, ln 10: λ_i stands for the
-    difference.
+    A label counts as clean where its cross-entropy is at most that of a guess, ln 10: the difference
+    stands for λ_i.
     """
 
     def loss(w: PyTree, task: Cleaning) -> jax.Array:
