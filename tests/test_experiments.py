@@ -167,6 +167,18 @@ def test_table1_runs_in_parts(tmp_path):
         assert sorted(row["method"] for row in rows) == sorted(methods)
 
 
+def test_table1_rows_run_together_are_those_run_by_themselves(tmp_path):
+    few = ("--only", "fashion", "--steps", "20", "--methods", "itd", "fp_t", "cg_t")
+    alone, together = (
+        run("table1", tmp_path / str(len(more)), *few, *more)["results"]["rows"]
+        for more in ((), ("--together",))
+    )
+    assert len(alone) == 3
+    for ours, same in zip(alone, together, strict=True):
+        for key in ("initial", "objective", "exact_objective"):
+            np.testing.assert_allclose(ours["splits"][0][key], same["splits"][0][key], rtol=1e-5)
+
+
 @pytest.fixture
 def no_data(monkeypatch, tmp_path):
     monkeypatch.delenv("FIXEDGRAD_DATA", raising=False)

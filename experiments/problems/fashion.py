@@ -1,6 +1,6 @@
 """Training-data optimisation on Fashion MNIST: λ is the features of 10 training points, one a class."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,23 @@ _BETA = 1.0
 _MU = _BETA / (CLASSES * FEATURES)
 
 
-def task(*, seed: int, num_images: int) -> Task:
+def task(*, seed: int, num_images: int, inner_step: float | Literal["optimal"] = "optimal") -> Task:
     """The problem min over X of CE(X' w(X), y'), w(X) minimises CE(X w, y) + β/(2cp) ‖w‖².
 
     (X', y') are `num_images` images of the training set, scaled to [0, 1]; β = 1, X₀ = 0. The lower
-    level is solved by gradient descent with the optimal step 2/(L + μ) for the X at hand, which is
-    not differentiated: μ = β/(cp), and L = μ + ‖X‖²/20, since the Hessian of CE in the logits of one
-    of the 10 points is at most ½.
+    level is solved by gradient descent from w = 0.
+
+    Args:
+        seed: Of the choice of images.
+        num_images: How many of the 60000.
+        inner_step: Its step size. "optimal" is 2/(L + μ) for the X at hand, which is not
+            differentiated: μ = β/(cp), and L = μ + ‖X‖²/20, since the Hessian of CE in the logits of
+            one of the 10 points is at most ½. At X₀ = 0 it is cp/β = 7840.
     """
+    if inner_step == "optimal":
+        prepare, inner = _prepare, "step 2/(L + μ)"
+    else:
+        prepare, inner = lambda lam, *_: (lam, jnp.float32(inner_step)), f"step {inner_step:g}"
     images = data.load("fashion_mnist")
     (chosen,) = data.split(seed, images.n_train, (num_images,))
     test = np.arange(images.n_train, len(images.y))
@@ -38,7 +47,7 @@ def task(*, seed: int, num_images: int) -> Task:
         lam=jnp.zeros((CLASSES, FEATURES), jnp.float32),
         w=jnp.zeros((FEATURES, CLASSES), jnp.float32),
         data=arrays,
-        prepare=_prepare,
+        prepare=prepare,
         solver_map=descent,
         descent=descent,
         momentum=False,
@@ -49,7 +58,7 @@ def task(*, seed: int, num_images: int) -> Task:
         settings={
             "seed": seed,
             "images": num_images,
-            "inner": "gradient descent, step 2/(L + μ)",
+            "inner": f"gradient descent, {inner}",
             "beta": _BETA,
             "dtype": "float32",
         },

@@ -115,9 +115,10 @@ def _figure1_errors() -> str:
     return _markdown(("mean error, last t", "t", "‖∇f‖", *labels), rows)
 
 
-def _table1(data: str, *columns: str) -> str:
+def _table1(name: str, *columns: str) -> str:
     """Objective (accuracy) of the paper, at w_t and at w(λ), for each t; ± over splits."""
-    results, volatile = _read(f"table1/{data}")
+    results, volatile = _read(f"table1/{name}")
+    data = name.partition("_")[0]
     found = {(r["t"], r["method"]): r for r in results["rows"]}
     costs = {(c["t"], c["method"]): c for c in volatile["costs"]}
     ts = sorted({t for t, _ in found})
@@ -165,8 +166,12 @@ def _fashion() -> str:
     return _table1("fashion")
 
 
+def _fashion_large_steps() -> str:
+    return _table1("fashion_large_steps")
+
+
 def _news20() -> str:
-    return _table1("news20", "step", "s / step, t=25", "temp. MB")
+    return _table1("news20", "step", "s / step, t=50", "temp. MB")
 
 
 def _sparse_products() -> str:
@@ -602,6 +607,7 @@ TABLES: dict[str, Callable[[], str]] = {
         _figure1_errors,
         _parkinson,
         _fashion,
+        _fashion_large_steps,
         _news20,
         _sparse_products,
         _memory,
