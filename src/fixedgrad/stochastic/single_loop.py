@@ -8,6 +8,7 @@ whose common zero is the solution. Each is a mean over rows, so that those of a 
 (w, v, λ), whatever these are. What λ's direction errs by is how far (w, v) lags behind λ.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from ..monitor import Monitor
 from ..printing import printed
 from ..types import ComposedMap, OnFailure, Outer, Phi, PyTree, failed
 from .batched import PICARD, Stochastic, Streams, check_functions, first_w, moved_by, steps_info
-from .batches import Call, Minibatches, check_given, take
+from .batches import Call, Drawing, Minibatches, check_given, take
 
 tree = optax.tree
 
@@ -177,7 +178,8 @@ def saba(
         d_i(w, v, λ) − seen_i + mean of seen,        seen_i ← d_i(w, v, λ) ,
 
     unbiased for the mean over blocks, with a variance that goes to zero as (w, v, λ) settles. At first
-    what was seen is 0, which is unbiased too.
+    what was seen is 0, which is unbiased too. With `replacement=False` the blocks come in epochs, each
+    block once in an epoch.
 
     The first `minibatches` among the arguments is that of Φ, the last one that of E; one alone serves
     both.
@@ -341,21 +343,20 @@ class _Tables(NamedTuple):
     Attributes:
         phi: Of the blocks of Φ.
         outer: Of the blocks of E.
-        key: The data of the key of the draws to come.
+        draws: Where the draws of blocks of Φ and of E are.
     """
 
     phi: _Seen
     outer: _Seen
-    key: jax.Array
+    draws: tuple[Drawing, Drawing]
 
     @classmethod
     def first(cls, call: Call, of_phi: _OfPhi, of_outer: _OfOuter) -> "_Tables":
-        lower, upper = _sources(call)
-        key = jax.random.key_data(lower.key)
+        lower, upper = map(_blocks, _sources(call))
         return cls(
-            _Seen.nothing(of_phi, lower.num_rows // lower.batch_size),
-            _Seen.nothing(of_outer, upper.num_rows // upper.batch_size),
-            key,
+            _Seen.nothing(of_phi, lower.num_rows),
+            _Seen.nothing(of_outer, upper.num_rows),
+            (lower.first(0), upper.first(1)),
         )
 
 
@@ -363,10 +364,8 @@ def _from_tables(
     at: Stochastic, w: PyTree, v: PyTree, tables: _Tables
 ) -> tuple[_OfPhi, _OfOuter, _Tables]:
     lower, upper = _sources(at.call)
-    key = jax.random.wrap_key_data(tables.key, impl=jax.random.key_impl(lower.key))
-    key, of_i, of_j = jax.random.split(key, 3)
-    i = jax.random.randint(of_i, (), 0, lower.num_rows // lower.batch_size)
-    j = jax.random.randint(of_j, (), 0, upper.num_rows // upper.batch_size)
+    (i,), of_i = _blocks(lower).draw(tables.draws[0])
+    (j,), of_j = _blocks(upper).draw(tables.draws[1])
 
     def block(source: Minibatches, i: jax.Array) -> PyTree:
         rows = i * source.batch_size + jnp.arange(source.batch_size, dtype=jnp.int32)
@@ -380,13 +379,19 @@ def _from_tables(
     batch, of_outer = call_with(i, j), call_with(j, j)
     of_phi_now, phi = tables.phi.corrected(i, _of_phi(at, batch, w, v))
     of_outer_now, seen = tables.outer.corrected(j, _of_outer(at, of_outer, w))
-    return of_phi_now, of_outer_now, _Tables(phi, seen, jax.random.key_data(key))
+    return of_phi_now, of_outer_now, _Tables(phi, seen, (of_i, of_j))
 
 
 def _sources(call: Call) -> tuple[Minibatches, Minibatches]:
     """The source of Φ and that of E."""
     first, *others = call.sources
     return first, others[-1] if others else first  # pyright: ignore[reportReturnType]
+
+
+def _blocks(source: Minibatches) -> Minibatches:
+    """The numbers of the blocks, drawn one at a time as the source draws rows."""
+    numbers = jnp.arange(source.num_rows // source.batch_size, dtype=jnp.int32)
+    return dataclasses.replace(source, data=numbers, batch_size=1)
 
 
 def _check_blocks(call: Call) -> None:
