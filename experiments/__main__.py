@@ -24,6 +24,7 @@ FOLDERS = {
     "advice": "library",
     "distributed": "library",
     "benchmark": "benchmark",
+    "bilevel_benchmark": "judges",
 }
 """The experiments in reading order, and the folder of each. Each is a module with
 

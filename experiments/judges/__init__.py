@@ -1,0 +1,1 @@
+"""Judges from outside: public benchmarks, with their problems and their methods."""
