@@ -190,7 +190,7 @@ def for_quadratics(task: BenchmarkTask, *, batch: int = 64, small: int = 16) -> 
             "SOBA",
             True,
             single_loop(task, fg.soba, batch=pair, power=0.5),
-            _grid((0.1, 0.1), (0.1, 1.0), (0.3, 0.3), (0.3, 1.0), (1.0, 1.0)),
+            _grid((0.1, 0.1), (0.3, 0.3), (1.0, 1.0), (1.0, 0.5), (2.0, 2.0), (2.0, 1.0)),
         ),
         Contestant(
             "SABA",
