@@ -134,7 +134,7 @@ def _rows(key: jax.Array, n: int, d_w: int, d_lam: int, mu: float, cross: float)
     def factors(of_basis: jax.Array, of_rows: jax.Array, roots: jax.Array) -> jax.Array:
         basis, *_ = jnp.linalg.svd(jax.random.normal(of_basis, (roots.size, 1)))
         gaussian = jax.random.normal(of_rows, (n, 1, roots.size))[:, 0]
-        return gaussian @ (basis * roots) @ basis.T
+        return gaussian @ (basis * roots[None]) @ basis.T
 
     def roots(size: int) -> jax.Array:
         return jnp.logspace(jnp.log10(mu) / 2, 0.0, size)
@@ -148,7 +148,7 @@ def _rows(key: jax.Array, n: int, d_w: int, d_lam: int, mu: float, cross: float)
     return _Quadratics(
         x,
         y,
-        a=(gaussian[:, :size] * scale) @ left[:, :size].T,
+        a=(gaussian[:, :size] * scale[None]) @ left[:, :size].T,
         b=gaussian @ right.T,
         c=jax.random.normal(keys[6], (n, d_w)),
         d=jax.random.normal(keys[7], (n, d_lam)),
