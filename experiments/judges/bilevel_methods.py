@@ -219,7 +219,7 @@ def for_quadratics(task: BenchmarkTask, *, batch: int = 64, small: int = 16) -> 
         Contestant(
             "AID on all rows, L-BFGS",
             False,
-            deterministic_aid(task, lbfgs, steps=(2, 2)),
+            deterministic_aid(task, lbfgs, steps=(3, 3)),
             {f"outer {x:g}": {"outer": x} for x in (0.7, 1.0)},
         ),
     ]
@@ -240,7 +240,6 @@ def for_cleaning(
     """
     stocbio = stochastic_aid(task, start=_STOCBIO, batch=batch)
     amigo = stochastic_aid(task, start=fg.warm(), batch=batch)
-    step, ratio = published["SOBA"]
     aid = deterministic_aid(task, optax.adam, steps=(3, 2), step_size=0.1, box=8.0)
     quick_adam = deterministic_aid(task, _quick_adam, steps=(2, 2), step_size=0.1, box=8.0)
     first = single_loop(task, fg.soba, batch=unequal, power=0.5)
@@ -249,13 +248,13 @@ def for_cleaning(
             "SOBA",
             True,
             single_loop(task, fg.soba, batch=batch, power=0.5),
-            _grid((step, ratio / 3), (step, 3 * ratio), published=(step, ratio)),
+            _grid((1.0, 1e-4), (0.5, 5e-5), published=published["SOBA"]),
         ),
         Contestant(
             "SABA",
             True,
             single_loop(task, fg.saba, batch=blocks),
-            _grid((0.1, 1e-4), published=published["SABA"]),
+            _grid((0.1, 1e-4), (0.1, 3e-5), published=published["SABA"]),
         ),
         Contestant("stocBiO", True, stocbio, _grid((0.03, 1e-5), published=published["stocBiO"])),
         Contestant("AmIGO", True, amigo, _grid((0.03, 1e-5), published=published["AmIGO"])),
