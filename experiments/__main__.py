@@ -26,8 +26,9 @@ FOLDERS = {
     "distributed": "library",
     "elastic_net": "judges",
     "logistic_notebook": "judges",
-    "benchmark": "benchmark",
     "hyper_cleaning": "judges",
+    "bilevel_benchmark": "judges",
+    "benchmark": "benchmark",
 }
 """The experiments in reading order, and the folder of each. Each is a module with
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fixedgrad as fg
@@ -25,8 +26,8 @@ from sklearn import datasets
 
 from experiments.__main__ import FOLDERS, main
 from experiments.benchmark import accuracy, contestants, instances, outer
-from experiments.judges import elastic_net, logistic_notebook
-from experiments.problems import data
+from experiments.judges import bilevel_methods, elastic_net, logistic_notebook
+from experiments.problems import bilevel_benchmark, data
 from experiments.tools import collectives, convergence, report
 
 pytestmark = pytest.mark.slow
@@ -51,6 +52,7 @@ NEEDS = {
     "sparse_products": ("news20",),
     "figure2": ("mnist",),
     "conv_eqm": ("mnist",),
+    "bilevel_benchmark": ("mnist",),
 }
 
 
@@ -406,3 +408,41 @@ def test_results_are_strict_json_with_none_for_what_is_not_finite(tmp_path):
     )
     record = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert record["results"] == {"a": [1.0, None], "b": None, "c": 3, "d": [True, "x"]}
+
+
+def test_rows_that_deterministic_aid_reads_are_those_that_are_counted():
+    counts = {"phi": 0, "products": 0}
+
+    def count(name: str) -> None:
+        counts[name] += 1
+
+    @jax.custom_vjp
+    def phi(w, lam):
+        return forward(w, lam)[0]
+
+    def forward(w, lam):
+        jax.debug.callback(lambda: count("phi"))
+        return jnp.linspace(0.1, 0.9, 8) * w + lam, None
+
+    def backward(_, v):
+        jax.debug.callback(lambda: count("products"))
+        return jnp.linspace(0.1, 0.9, 8) * v, v
+
+    phi.defvjp(forward, backward)
+    t, k, n = 3, 2, 4
+    hypergrad = fg.hypergradient(
+        lambda w, lam: jnp.sum((w - 1.0) ** 2),
+        phi,
+        fg.anderson(phi, num_steps=t),
+        fg.aid(fg.cg(num_steps=k)),
+        start=fg.warm(),
+    )
+    loop = fg.bilevel(hypergrad, optax.sgd(1e-3))
+    state = loop.init(jnp.zeros(8), jnp.zeros(8))
+    jax.effects_barrier()
+    counts.update(phi=0, products=0)
+    _, history = jax.block_until_ready(loop.run(state, num_steps=n))
+    jax.effects_barrier()
+    task = bilevel_benchmark.quadratics(num_rows=(64, 64), dimensions=(4, 3))
+    method = bilevel_methods.deterministic_aid(task, optax.sgd, steps=(t, k))
+    assert float(method.read(history).lower) == 64 * (counts["phi"] + counts["products"])

@@ -332,6 +332,37 @@ def _advice_lower() -> str:
     return _markdown(("problem", "recommended", "its time", "fastest", "its time"), rows)
 
 
+def _bilevel_benchmark() -> str:
+    results, volatile = _read("bilevel_benchmark/results")
+
+    def key(row: dict[str, Any]) -> tuple[float, float]:
+        return np.inf if row["passes"] is None else row["passes"], row["least"]
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}"
+
+    lines = []
+    for problem, found in results.items():
+        for method in dict.fromkeys(row["method"] for row in found["rows"]):
+            row = min((r for r in found["rows"] if r["method"] == method), key=key)
+            seconds = volatile["seconds"][problem][f"{method}, {row['setting']}"]
+            lines.append(
+                [
+                    problem if method == found["rows"][0]["method"] else "",
+                    method,
+                    row["setting"],
+                    _digits(row["passes"]),
+                    _digits(row["rows"]),
+                    _digits(seconds),
+                    _digits(row["goal"]) if row["goal"] < 1e-3 else f"{row['goal']:.4f}",
+                    percent(row.get("validation_error")),
+                    percent(row.get("test_error")),
+                ]
+            )
+    header = ("problem", "method", "setting", "passes", "data", "seconds", "at the end")
+    return _markdown((*header, "validation error", "test error"), lines)
+
+
 def _distributed() -> str:
     results, _ = _read("distributed/results")
     rows = [
@@ -617,6 +648,7 @@ TABLES: dict[str, Callable[[], str]] = {
         _adaptive,
         _advice,
         _advice_lower,
+        _bilevel_benchmark,
         _distributed,
         _distributed_counts,
         _distributed_hosts,
