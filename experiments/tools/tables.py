@@ -142,9 +142,11 @@ def _table1(name: str, *columns: str) -> str:
                 right = np.mean([s[accuracy] for s in splits])
                 return f"{np.mean(values):.{digits}f}{spread} ({right:.1f})"
 
+            steps = found[t, method]["steps"]
+            fewer = f", s = {steps}" if steps < max(r["steps"] for r in found.values()) else ""
             row += [
                 "" if paper is None else f"{paper[0]:.2f} ({paper[1]:.1f})",
-                cell("objective", "accuracy"),
+                cell("objective", "accuracy") + fewer,
                 cell("exact_objective", "exact_accuracy"),
             ]
         if columns:
