@@ -588,3 +588,34 @@ def test_a_solver_under_vmap_is_not_taken_for_the_one_inside():
     _, state = hypergrad.update(state, lams)
     grad, _ = hypergrad.update(state, lams)
     assert_close(grad, jnp.stack([PROBLEM["ridge"].gradient(lam) for lam in lams]), 1e-7)
+
+
+def test_under_ignore_the_next_update_starts_from_what_there_is_unless_it_is_not_finite():
+    # Three steps of a map that expands lead nowhere, and are wanted all the same.
+    phi = lambda w, lam: 1.1 * w + lam  # noqa: E731
+    outer = lambda w, lam: w  # noqa: E731
+    for on_failure, moves in (("ignore", True), ("nan", False)):
+        hypergrad = fg.hypergradient(
+            outer,
+            phi,
+            fg.picard(phi, num_steps=3),
+            fg.aid(fg.fp(num_steps=3)),
+            start=fg.warm(),
+            on_failure=on_failure,
+        )
+        state = hypergrad.init(1.0, 1.0)
+        _, first = hypergrad.update(state, 1.0)
+        _, second = hypergrad.update(first, 1.0)
+        assert fg.Status(int(first.info.linear.status)).name == "NO_PROGRESS"
+        assert (float(second.w) != float(first.w)) == moves
+    infinite = lambda w, lam: jnp.inf * w + lam  # noqa: E731
+    hypergrad = fg.hypergradient(
+        outer,
+        infinite,
+        fg.picard(infinite, num_steps=1),
+        fg.aid(fg.fp(num_steps=1)),
+        start=fg.warm(),
+        on_failure="ignore",
+    )
+    _, state = hypergrad.update(hypergrad.init(1.0, 1.0), 1.0)
+    assert float(state.memory[0]) == 1.0

@@ -225,7 +225,7 @@ class TestMeans:
             outer, PHI, optax.sgd(0.5), optax.sgd(0.5), lower_steps=1, linear_steps=1
         )
         source = fg.minibatches(DATA, N, replacement=False)
-        state = hypergrad.init(W0, LAM, source)
+        grad, state = hypergrad.update(hypergrad.init(W0, LAM, source), LAM, source)
         for _ in range(300):
             grad, state = hypergrad.update(state, LAM, source)
         assert_close(grad, exact(PHI), 1e-9)
@@ -318,8 +318,8 @@ class TestMeans:
         phi = fg.gradient_descent(traced, step_size=STEP)
         hypergrad = fg.stochastic_hypergradient(outer, phi, lower_steps=3, linear_steps=3)
         source = fg.minibatches(data, 4)
-        state = hypergrad.init(w0, lam, source)
-        for _ in range(3):
+        grad, state = hypergrad.update(hypergrad.init(w0, lam, source), lam, source)
+        for _ in range(2):
             grad, state = hypergrad.update(state, lam, source)
         assert grad.dtype == state.w.dtype == state.v.dtype == state.value.dtype == dtype
 
@@ -377,9 +377,8 @@ class TestOuterLoops:
         hypergrad = self.HYPERGRADS[name]()
         source = fg.minibatches(DATA, 4)
         update = jax.jit(hypergrad.update, donate_argnums=0)
-        state = hypergrad.init(W0, LAM, source)
-        for _ in range(2):
-            grad, state = update(state, LAM, source)
+        _, state = update(hypergrad.init(W0, LAM, source), LAM, source)
+        grad, state = update(state, LAM, source)
         assert np.all(np.isfinite(grad))
 
     @pytest.mark.parametrize("name", HYPERGRADS)
@@ -416,6 +415,15 @@ class TestOuterLoops:
         assert np.all(np.isnan(grad))
         assert fg.Status(int(state.info.lower.status)).name == "NOT_A_MEAN"
 
+    def test_under_ignore_a_sum_is_taken_as_it_is(self):
+        of_sum = lambda w, lam, data: len(data[1]) * outer(w, lam, data)  # noqa: E731
+        hypergrad = fg.soba(of_sum, PHI, on_failure="ignore")
+        source = fg.minibatches(DATA, 4)
+        _, first = hypergrad.update(hypergrad.init(W0, LAM, source), LAM, source)
+        grad, second = hypergrad.update(first, LAM, source)
+        assert np.all(np.isfinite(grad))
+        assert float(jnp.linalg.norm(second.w - first.w)) > 0
+
     def test_a_function_of_one_batch_size_is_not_judged(self):
         fixed = lambda w, lam, data: loss(w, lam, (data[0].reshape(4, D), data[1]))  # noqa: E731
         phi = fg.gradient_descent(fixed, step_size=STEP)
@@ -427,9 +435,8 @@ class TestOuterLoops:
     def test_soba_moves_along_the_gradients_of_the_lagrangian(self):
         hypergrad = fg.soba(outer, PHI, optax.sgd(0.5), optax.sgd(0.25))
         source = fg.minibatches(DATA, N, replacement=False)
-        state = hypergrad.init(W0 + 1.0, LAM, source)
-        for _ in range(2):
-            before, (grad, state) = state, hypergrad.update(state, LAM, source)
+        _, before = hypergrad.update(hypergrad.init(W0 + 1.0, LAM, source), LAM, source)
+        grad, state = hypergrad.update(before, LAM, source)
 
         def lagrangian(w, lam, v):
             return outer(w, lam, DATA) + v @ (PHI(w, lam, DATA) - w)

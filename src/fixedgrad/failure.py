@@ -125,6 +125,22 @@ def enforce(policy: Policy, stage: str, info: SolveInfo | None, tree: PyTree) ->
     return jax.tree.map(poison, tree)
 
 
+def passed_over(policy: Policy, *infos: SolveInfo | None) -> jax.Array:
+    """Whether the next update is not to start from what these solves left, as they failed.
+
+    Under "ignore" the caller takes what there is, unless it is not finite.
+    """
+    lost = jnp.asarray(False)
+    for info in infos:
+        if info is None:
+            continue
+        if policy.on_failure == "ignore":
+            lost |= (info.status == int(Status.NON_FINITE)) | ~jnp.isfinite(info.residual)
+        else:
+            lost |= failed(info)
+    return lost
+
+
 def zero_where(lost: jax.Array, tree: PyTree) -> PyTree:
     """`tree` with zeros in the place of its inexact leaves where a solve failed."""
 

@@ -11,7 +11,7 @@ import optax
 from .compiled import Compiled
 from .errors import check_callable, check_same, hint, shapes_of, show
 from .estimators import AID, check_estimator
-from .failure import LOWER_STAGE, STAGE, Policy, enforce
+from .failure import LOWER_STAGE, STAGE, Policy, enforce, passed_over
 from .leaves import (
     SOLVED,
     blank,
@@ -274,9 +274,7 @@ def hypergradient(
 
         w = problem.join_w(w_x)
         v = None if back.v is None else problem.join_w(back.v)
-        lost = failed(lower)
-        if back.info is not None:
-            lost |= failed(back.info)
+        lost = passed_over(policy, lower, back.info)
         memory = optax.tree.where(lost, memory, start.record(memory, w, v))
         # Of its own, where `record` kept w and v: two leaves of a state must not share a buffer.
         info = HypergradientInfo(lower, back.info)

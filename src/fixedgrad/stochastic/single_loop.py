@@ -18,7 +18,7 @@ import optax
 from jax import lax
 
 from ..compiled import Compiled
-from ..failure import LOWER_STAGE, STAGE, Policy, enforce
+from ..failure import LOWER_STAGE, STAGE, Policy, enforce, passed_over
 from ..hypergradient import (
     Hypergradient,
     HypergradientInfo,
@@ -29,7 +29,7 @@ from ..leaves import blank, owned, partition, strongly_typed, zeros_like_inexact
 from ..mapped_axes import placed_like
 from ..monitor import Monitor
 from ..printing import printed
-from ..types import ComposedMap, OnFailure, Outer, Phi, PyTree, failed
+from ..types import ComposedMap, OnFailure, Outer, Phi, PyTree
 from .batched import (
     PICARD,
     Stochastic,
@@ -284,7 +284,7 @@ def _single_loop(
 
         moved = _Memory(at.join_w(new_w), at.join_w(new_v), state, linear, after, memory.means)
         stayed = memory._replace(draws=draws.passed_over(memory.draws, after))
-        kept = tree.where(failed(lower) | failed(of_v), stayed, moved)
+        kept = tree.where(passed_over(policy, lower, of_v), stayed, moved)
         info = HypergradientInfo(lower, of_v)
         new = HypergradientState(of_outer.value, moved.w, moved.v, info, owned(kept), jnp.int32(0))
         return at.join_gradient(grad), new

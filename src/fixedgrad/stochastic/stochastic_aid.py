@@ -8,7 +8,7 @@ import optax
 from jax import lax
 
 from ..compiled import Compiled
-from ..failure import LOWER_STAGE, STAGE, Policy, enforce
+from ..failure import LOWER_STAGE, STAGE, Policy, enforce, passed_over
 from ..hypergradient import (
     Hypergradient,
     HypergradientInfo,
@@ -20,7 +20,7 @@ from ..mapped_axes import placed_like
 from ..monitor import Monitor
 from ..printing import printed
 from ..starts import WARM, Start, check_start
-from ..types import ComposedMap, OnFailure, Outer, Phi, PyTree, failed
+from ..types import ComposedMap, OnFailure, Outer, Phi, PyTree
 from .batched import (
     PICARD,
     Count,
@@ -260,7 +260,7 @@ def stochastic_hypergradient(
 
         w, v = at.join_w(w), at.join_w(v)
         recorded = start.record(memory.start, (w, lower), (v, linear))
-        lost = failed(of_w) | failed(of_linear)
+        lost = passed_over(policy, of_w, of_linear)
         kept = tree.where(lost, memory.start, recorded)
         memory = owned(_Memory(kept, Streams(drawings, of_outer), means))
         state = HypergradientState(
