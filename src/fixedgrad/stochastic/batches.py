@@ -5,6 +5,7 @@ Each evaluation of Φ or E then gets a batch in its place, and the next evaluati
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -292,6 +293,15 @@ class Call(NamedTuple):
         pairs = zip(self.sources, drawings, strict=True)
         drawn = [source.draw(drawing) for source, drawing in pairs]
         return self.replaced([batch for batch, _ in drawn]), tuple(after for _, after in drawn)
+
+    def sampler(self, evaluate: Callable[["Call"], PyTree]) -> Callable[[PyTree], PyTree]:
+        """`drawings -> (value, drawings)`: what `evaluate` gives of the next batch."""
+
+        def sample(drawings: tuple[Drawing, ...]) -> tuple[PyTree, tuple[Drawing, ...]]:
+            batch, after = self.draw(drawings)
+            return evaluate(batch), after
+
+        return sample
 
     def drawn_twice(self, drawings: tuple[Drawing, ...]) -> "Call":
         """The call with each batch of `draw` twice, one after the other."""

@@ -186,52 +186,41 @@ def stochastic_hypergradient(
         at = Stochastic.at(where, outer, phi, w0, lam, call)
         drawings: tuple[Drawing, ...] = streams.phi
 
-        def phi_of_batches(w: PyTree, drawings: PyTree) -> tuple[PyTree, PyTree]:
-            """W − Φ_ζ(w) of m batches; the mean is that of T where Φ = G(T)."""
+        def mean_of_inner(w: PyTree, count: int | jax.Array, drawings: PyTree) -> PyTree:
+            return mean_over(count, call.sampler(lambda batch: at.inner_image(batch, w)), drawings)
+
+        def mean_residual(w: PyTree, drawings: PyTree) -> tuple[PyTree, PyTree]:
+            """W − Φ(w) of m batches; the mean is that of T where Φ = G(T)."""
             if isinstance(phi, ComposedMap) and not (isinstance(m, int) and m == 1):
                 batch, _ = call.draw(drawings)  # For G, which depends on no data.
-                u, drawings = mean_over(m, lambda d: inner_of(w, d), drawings)
+                u, drawings = mean_of_inner(w, m, drawings)
                 return at.equation(batch, about(phi, u)).residual(w, at.x), drawings
-
-            def residual(drawings: PyTree) -> tuple[PyTree, PyTree]:
-                batch, drawings = call.draw(drawings)
-                return at.equation(batch).residual(w, at.x), drawings
-
-            return mean_over(m, residual, drawings)
-
-        def inner_of(w: PyTree, drawings: PyTree) -> tuple[PyTree, PyTree]:
-            batch, drawings = call.draw(drawings)
-            return at.inner_image(batch, w), drawings
+            of_batch = call.sampler(lambda batch: at.equation(batch).residual(w, at.x))
+            return mean_over(m, of_batch, drawings)
 
         def lower_step(_: jax.Array, carry: PyTree) -> PyTree:
             w, state, drawings, _ = carry
-            r_w, drawings = phi_of_batches(w, drawings)
+            r_w, drawings = mean_residual(w, drawings)
             return *moved_by(full, state, w, r_w), drawings, r_w
 
         w, _ = partition(w0)[:2]
         carry = (w, lower, drawings, tree.zeros_like(w))
         w, lower, drawings, r_w = lax.fori_loop(0, t, lower_step, carry)
 
-        def outer_of(drawings: PyTree) -> tuple[PyTree, PyTree]:
-            batch, drawings = call.draw(drawings)
-            return at.value_and_gradients(batch, w), drawings
-
-        (value, b, direct), of_outer = mean_over(j, outer_of, streams.outer)
+        of_e = call.sampler(lambda batch: at.value_and_gradients(batch, w))
+        (value, b, direct), of_outer = mean_over(j, of_e, streams.outer)
 
         batches_of_mixed, batch_map = None, phi
         if isinstance(phi, ComposedMap):
             # The batches of the mean of T are those of the mixed product, as in NSID.
             batches_of_mixed = drawings
-            u, drawings = mean_over(j, lambda d: inner_of(w, d), drawings)
+            u, drawings = mean_of_inner(w, j, drawings)
             batch_map = about(phi, u)
 
         def linear_step(_: jax.Array, carry: PyTree) -> PyTree:
             v, state, drawings, _ = carry
 
-            def product(drawings: PyTree) -> tuple[PyTree, PyTree]:
-                batch, drawings = call.draw(drawings)
-                return at.equation(batch, batch_map).vjp(w, at.x).j.a(v), drawings
-
+            product = call.sampler(lambda batch: at.equation(batch, batch_map).vjp(w, at.x).j.a(v))
             av, drawings = mean_over(m, product, drawings)
             minus_r_v = tree.sub(av, b)
             return *moved_by(full_linear, state, v, minus_r_v), drawings, minus_r_v
@@ -243,10 +232,7 @@ def stochastic_hypergradient(
         carry = (v, linear, drawings, tree.zeros_like(v))
         v, linear, drawings, r_v = lax.fori_loop(0, k, linear_step, carry)
 
-        def mixed(drawings: PyTree) -> tuple[PyTree, PyTree]:
-            batch, drawings = call.draw(drawings)
-            return at.equation(batch, batch_map).vjp(w, at.x).b(v), drawings
-
+        mixed = call.sampler(lambda batch: at.equation(batch, batch_map).vjp(w, at.x).b(v))
         if batches_of_mixed is None:
             bv, drawings = mean_over(j, mixed, drawings)
         else:
