@@ -142,12 +142,16 @@ def _orders(options: argparse.Namespace, claims: report.Claims) -> dict[str, Any
     )
     slopes = [float(np.polyfit(np.log(sizes), np.log(x), 1)[0]) for x in (of_j, of_batch)]
     claims.check(
-        "the variance falls as 1/(batch size)", -1.15 < slopes[1] < -0.85, f"slope {slopes[1]:.2f}"
+        "the variance falls as 1/(batch size)",
+        -1.15 < slopes[1] < -0.85,
+        f"slope {slopes[1]:.2f}",
+        required=not options.quick,
     )
     claims.check(
         "the variance falls with J, at most as 1/J: that of v stays",
         -1.15 < slopes[0] < 0,
         f"slope {slopes[0]:.2f}",
+        required=not options.quick,
     )
     return {
         "steps": steps,
@@ -202,6 +206,7 @@ def _certificates(options: argparse.Namespace, claims: report.Claims) -> dict[st
         "and overstates it by less than 3 in the median",
         float(np.median(every)) < 3,
         f"{np.median(every):.2f}",
+        required=not options.quick,  # Of few rows the noise is most of it.
     )
     return ratios
 
