@@ -22,7 +22,7 @@ from .saddle import leads_away
 
 tree = optax.tree
 
-_MAX_PASSES = 6
+MAX_PASSES = 6
 
 
 class Options(NamedTuple):
@@ -156,7 +156,7 @@ def _compute(
     safety: Scalar,
 ) -> Certificate:
     v_x, given, extra = the_pair(where, problem, v, gradient, make_linear_solver(solve_rtol))
-    passes = refine(problem, problem.w, v_x, make_linear_solver, solve_rtol, _MAX_PASSES)
+    passes = refine(problem, problem.w, v_x, make_linear_solver, solve_rtol, MAX_PASSES)
     certificate = assess(problem, passes, given, safety, extra)
     repels, probes = leads_away(problem, passes.w, tree.sub(problem.w, passes.w), True)
     spent = jax.tree.map(jnp.add, certificate.products, probes)

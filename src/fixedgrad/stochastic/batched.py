@@ -1,5 +1,6 @@
 """What the stochastic forms share: Φ and E of a batch at one λ, means over batches, the state."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,18 +12,18 @@ from jax import lax
 
 from ..errors import check_callable, check_count, check_scalar, show
 from ..leaves import (
-    check_arrays,
     eval_shape,
-    fresh,
     is_inexact,
     partition,
     settled_lam,
     split_lam,
     started,
+    strongly_typed,
+    zeros_like_inexact,
 )
 from ..lower.optimisers import check_optimizer
 from ..printing import by_name
-from ..problem import Equation
+from ..problem import Equation, precise
 from ..real_form import norm, resolution
 from ..types import (
     ComposedMap,
@@ -67,10 +68,10 @@ class Stochastic(NamedTuple):
         where: The public function, for messages.
         outer: E.
         phi: Φ.
-        lam: λ.
-        x: Its inexact leaves.
+        x: The inexact leaves of λ.
         call: The further arguments, with sources among them.
         w: A w that says of what kind all are.
+        join_lam: From inexact leaves to λ.
         join_w: From inexact leaves to w.
         join_gradient: From those of a gradient to one like λ.
     """
@@ -78,10 +79,10 @@ class Stochastic(NamedTuple):
     where: str
     outer: Outer
     phi: Phi
-    lam: PyTree
     x: PyTree
     call: Call
     w: PyTree
+    join_lam: Callable[[PyTree], PyTree]
     join_w: Callable[[PyTree], PyTree]
     join_gradient: Callable[[PyTree], PyTree]
 
@@ -95,35 +96,33 @@ class Stochastic(NamedTuple):
             TypeError: λ has no inexact leaf.
         """
         lam = settled_lam(lam, w)
-        x, _, join_gradient = split_lam(where, lam)
+        x, join_lam, join_gradient = split_lam(where, lam)
         _, rest, join = partition(w)
-        return cls(where, outer, phi, lam, x, call, w, lambda w_x: join(w_x, rest), join_gradient)
+        join_w = lambda w_x: join(w_x, rest)  # noqa: E731
+        return cls(where, outer, phi, x, call, w, join_lam, join_w, join_gradient)
 
     def equation(self, batch: Call, phi: Phi | None = None) -> Equation:
         """The equation w = Φ(w, x) of a batch; `phi` is another map of the same arguments."""
-        _, join_lam, _ = split_lam(self.where, self.lam)
 
         def call(x: PyTree) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
-            return (join_lam(x), *batch.args), batch.kwargs
+            return (self.join_lam(x), *batch.args), batch.kwargs
 
         return Equation.of(self.where, phi or self.phi, self.w, self.x, call)
 
+    def value(self, batch: Call, w: PyTree, x: PyTree) -> jax.Array:
+        """E of a batch at inexact leaves."""
+        return self.outer(self.join_w(w), self.join_lam(x), *batch.args, **batch.kwargs)
+
     def value_and_gradients(self, batch: Call, w: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
         """E of a batch at w, ∇₁E and ∇₂E."""
-        _, join_lam, _ = split_lam(self.where, self.lam)
-
-        def value(w: PyTree, x: PyTree) -> jax.Array:
-            return self.outer(self.join_w(w), join_lam(x), *batch.args, **batch.kwargs)
-
-        f, (b, direct) = jax.value_and_grad(value, argnums=(0, 1))(w, self.x)
+        of_batch = functools.partial(self.value, batch)
+        f, (b, direct) = jax.value_and_grad(of_batch, argnums=(0, 1))(w, self.x)
         return f, b, direct
 
-    def inner_image(self, batch: Call, w: PyTree) -> PyTree:
+    def image_of(self, inner: Callable[..., PyTree], batch: Call, w: PyTree) -> PyTree:
         """T(w, λ) of a batch, for Φ = G(T)."""
-        assert isinstance(self.phi, ComposedMap)
-        inner = fresh(self.phi.inner)
-        with jax.default_matmul_precision("highest"):
-            return inner(self.join_w(w), self.lam, *batch.args, **batch.kwargs)
+        at_highest, _ = precise(self.where, inner)
+        return at_highest(self.join_w(w), self.join_lam(self.x), *batch.args, **batch.kwargs)
 
 
 def are_means(at: Stochastic, w: PyTree) -> jax.Array:
@@ -134,8 +133,7 @@ def are_means(at: Stochastic, w: PyTree) -> jax.Array:
     """
 
     def values(batch: Call) -> tuple[PyTree, jax.Array]:
-        value, _, _ = at.value_and_gradients(batch, w)
-        return at.equation(batch).residual(w, at.x), value
+        return at.equation(batch).residual(w, at.x), at.value(batch, w, at.x)
 
     once, _ = at.call.draw(Streams.first(at.call).phi)
     twice = at.call.drawn_twice(Streams.first(at.call).phi)
@@ -209,20 +207,46 @@ def steps_info(num_steps: Any, residual: PyTree, x: PyTree, means: jax.Array) ->
     return solve_info(num_steps, norm(residual), status)
 
 
-def first_w(where: str, outer: Outer, phi: Phi, w0: PyTree, lam: PyTree, call: Call) -> PyTree:
-    """`w0` as arrays; E is checked on a batch.
+class Beginning(NamedTuple):
+    """What `init` of every form starts from.
+
+    Attributes:
+        at: Φ and E, at the first w and λ.
+        w: The first w, as arrays.
+        v: Zeros like it.
+        states: Of the optimisers of w and of v.
+        means: Whether Φ and E are means over rows, as far as `are_means` can tell.
+    """
+
+    at: Stochastic
+    w: PyTree
+    v: PyTree
+    states: tuple[PyTree, PyTree]
+    means: jax.Array
+
+
+def beginning(
+    where: str,
+    outer: Outer,
+    phi: Phi,
+    optimisers: tuple[Any, Any],
+    w0: PyTree,
+    lam: PyTree,
+    call: Call,
+) -> Beginning:
+    """The beginning at w0 and λ; E is checked on a batch.
 
     Raises:
         TypeError: There are no batches, or E is no real scalar.
     """
     check_sources(where, call)
-    streams = Streams.first(call)
-    batch, _ = call.draw(streams.phi)
+    batch, _ = call.draw(Streams.first(call).phi)
     w0 = started(where, phi, w0, (lam, *batch.args), batch.kwargs)
-    check_arrays(where, "w0", w0)
-    value = eval_shape(outer, w0, lam, *batch.args, **batch.kwargs)
-    check_scalar(where, value)
-    return w0
+    check_scalar(where, eval_shape(outer, w0, lam, *batch.args, **batch.kwargs))
+    at, w_x = Stochastic.at(where, outer, phi, w0, lam, call), partition(w0)[0]
+    of_w, of_v = optimisers
+    states = strongly_typed((of_w.init(w_x), of_v.init(tree.zeros_like(w_x))))
+    return Beginning(at, w0, zeros_like_inexact(w0), states, are_means(at, w_x))
 
 
 def check_functions(

@@ -9,13 +9,12 @@ import optax
 from jax import lax
 
 from ..certificate import CertificateStatus
-from ..certificate.certificate import relative
-from ..certificate.certify import assess
-from ..certificate.dual_weighted import refine
-from ..certificate.options import NO_KWARGS, check_factory, check_kwargs, krylov
+from ..certificate.certificate import relative, the_pair
+from ..certificate.certify import MAX_PASSES, Options, assess, check_options
+from ..certificate.dual_weighted import RefinedEstimate, refine
+from ..certificate.options import NO_KWARGS, check_kwargs, krylov
 from ..compiled import compiled_for
-from ..errors import check_callable, check_count, check_number, check_same
-from ..leaves import partition
+from ..errors import check_callable, check_count
 from ..printing import html, member, number, record, shapes_in, values_of
 from ..problem import Problem
 from ..real_form import norm
@@ -24,7 +23,6 @@ from .batches import Call, as_key, check_sources, take
 
 tree = optax.tree
 
-_MAX_PASSES = 6
 _DEVIATIONS = 2.0  # Standard errors that count as error: about 95 %.
 
 
@@ -172,9 +170,7 @@ def certify_stochastic(
     }
     functions: dict[str, Callable[..., Any]] = {"phi": phi, "outer": outer}
     data = check_kwargs(certify_stochastic, functions, 2 + len(args), kwargs, given)
-    check_factory(where, make_linear_solver)
-    check_number(where, "solve_rtol", solve_rtol, lambda x: 0 < x < 1, "a number in (0, 1)")
-    check_number(where, "safety", safety, lambda x: x >= 1, "a number >= 1")
+    check_options(where, Options(solve_rtol, safety, make_linear_solver))
     check_count(where, "group_size", group_size)
     check_count(where, "num_groups", num_groups)
     call = Call(args, data)
@@ -237,26 +233,21 @@ def _compute(
     num_groups, group_size = sizes
     sampled, share, least = _sampled(call, num_groups, group_size, key)
 
-    def passes(batches: list[PyTree]) -> tuple[Problem, Any]:
-        """The passes of `certify` on these rows."""
+    def passes(batches: list[PyTree]) -> tuple[Problem, PyTree | None, RefinedEstimate]:
+        """The problem on these rows, the gradient that was given, and the passes of `certify`."""
         args, kwargs = call.replaced(batches)
         problem = Problem.at(where, outer, phi, w, lam, args, kwargs)
-        start = jax.tree.map(jnp.asarray, v)
-        check_same(where, start, problem.join_w(problem.w), "`v`", "`w`")
-        v_x = partition(start)[0]
-        return problem, refine(problem, problem.w, v_x, make_linear_solver, solve_rtol, _MAX_PASSES)
+        v_x, given, _ = the_pair(where, problem, v, gradient, make_linear_solver(solve_rtol))
+        s = refine(problem, problem.w, v_x, make_linear_solver, solve_rtol, MAX_PASSES)
+        return problem, given, s
 
     def of_group(batches: list[PyTree]) -> tuple[PyTree, PyTree]:
-        _, s = passes(batches)
+        _, _, s = passes(batches)
         return s.first.gradient, s.end
 
     first, end = lax.map(of_group, sampled)
     pooled = [jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), x) for x in sampled]
-    problem, s = passes(pooled)
-    given = None
-    if gradient is not None:
-        given = partition(jax.tree.map(jnp.asarray, gradient))[0]
-        check_same(where, given, problem.x, "`gradient`", "`lam` (its inexact leaves)")
+    problem, given, s = passes(pooled)
     of_pooled = assess(problem, s, given, safety)
 
     mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), end)

@@ -25,7 +25,7 @@ from ..hypergradient import (
     HypergradientState,
     check_state,
 )
-from ..leaves import blank, owned, partition, strongly_typed, zeros_like_inexact
+from ..leaves import blank, owned, partition
 from ..mapped_axes import placed_like
 from ..monitor import Monitor
 from ..printing import printed
@@ -34,9 +34,8 @@ from .batched import (
     PICARD,
     Stochastic,
     Streams,
-    are_means,
+    beginning,
     check_functions,
-    first_w,
     moved_by,
     steps_info,
 )
@@ -301,21 +300,18 @@ def _single_loop(
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
         call = Call(args, kwargs)
         draws.check(call)
-        w0 = first_w(where, outer, phi, w0, lam, call)
-        v0 = zeros_like_inexact(w0)
-        w_x = partition(w0)[0]
-        states = strongly_typed((full.init(w_x), full_linear.init(tree.zeros_like(w_x))))
-        at = Stochastic.at(where, outer, phi, w0, lam, call)
+        begun = beginning(where, outer, phi, (full, full_linear), w0, lam, call)
+        w_x, v_x = partition(begun.w)[0], partition(begun.v)[0]
 
         def of_batch() -> tuple[_OfPhi, _OfOuter]:
             batch, _ = call.draw(Streams.first(call).phi)
-            return _of_phi(at, batch, w_x, partition(v0)[0]), _of_outer(at, batch, w_x)
+            return _of_phi(begun.at, batch, w_x, v_x), _of_outer(begun.at, batch, w_x)
 
         first = draws.first(call, *jax.eval_shape(of_batch))
-        memory = _Memory(w0, v0, states[0], states[1], first, are_means(at, w_x))
+        memory = _Memory(begun.w, begun.v, *begun.states, first, begun.means)
         _, shapes = solved.eval_shape(memory, lam, *args, **kwargs)
         value, info = blank((shapes.value, shapes.info))
-        return owned(HypergradientState(value, w0, v0, info, memory, jnp.int32(0)))
+        return owned(HypergradientState(value, begun.w, begun.v, info, memory, jnp.int32(0)))
 
     return Hypergradient(init, update, outer, phi)
 

@@ -15,7 +15,7 @@ from ..hypergradient import (
     HypergradientState,
     check_state,
 )
-from ..leaves import blank, owned, partition, strongly_typed, zeros_like_inexact
+from ..leaves import blank, owned, partition, strongly_typed
 from ..mapped_axes import placed_like
 from ..monitor import Monitor
 from ..printing import printed
@@ -27,10 +27,9 @@ from .batched import (
     Stochastic,
     Streams,
     about,
-    are_means,
+    beginning,
     check_functions,
     check_schedule,
-    first_w,
     mean_over,
     moved_by,
     number_at,
@@ -186,14 +185,17 @@ def stochastic_hypergradient(
         at = Stochastic.at(where, outer, phi, w0, lam, call)
         drawings: tuple[Drawing, ...] = streams.phi
 
-        def mean_of_inner(w: PyTree, count: int | jax.Array, drawings: PyTree) -> PyTree:
-            return mean_over(count, call.sampler(lambda batch: at.inner_image(batch, w)), drawings)
+        def mean_of_inner(
+            phi: ComposedMap, w: PyTree, count: int | jax.Array, drawings: PyTree
+        ) -> tuple[PyTree, PyTree]:
+            of_batch = call.sampler(lambda batch: at.image_of(phi.inner, batch, w))
+            return mean_over(count, of_batch, drawings)
 
         def mean_residual(w: PyTree, drawings: PyTree) -> tuple[PyTree, PyTree]:
             """W − Φ(w) of m batches; the mean is that of T where Φ = G(T)."""
             if isinstance(phi, ComposedMap) and not (isinstance(m, int) and m == 1):
                 batch, _ = call.draw(drawings)  # For G, which depends on no data.
-                u, drawings = mean_of_inner(w, m, drawings)
+                u, drawings = mean_of_inner(phi, w, m, drawings)
                 return at.equation(batch, about(phi, u)).residual(w, at.x), drawings
             of_batch = call.sampler(lambda batch: at.equation(batch).residual(w, at.x))
             return mean_over(m, of_batch, drawings)
@@ -214,7 +216,7 @@ def stochastic_hypergradient(
         if isinstance(phi, ComposedMap):
             # The batches of the mean of T are those of the mixed product, as in NSID.
             batches_of_mixed = drawings
-            u, drawings = mean_of_inner(w, j, drawings)
+            u, drawings = mean_of_inner(phi, w, j, drawings)
             batch_map = about(phi, u)
 
         def linear_step(_: jax.Array, carry: PyTree) -> PyTree:
@@ -265,15 +267,11 @@ def stochastic_hypergradient(
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:
         call = Call(args, kwargs)
         check(call)
-        w0 = first_w(where, outer, phi, w0, lam, call)
-        v0 = zeros_like_inexact(w0)
-        w_x = partition(w0)[0]
-        states = strongly_typed((full.init(w_x), full_linear.init(tree.zeros_like(w_x))))
-        remembered = start.init((w0, states[0]), (v0, states[1]))
-        means = are_means(Stochastic.at(where, outer, phi, w0, lam, call), w_x)
-        memory = _Memory(remembered, Streams.first(call), means)
+        begun = beginning(where, outer, phi, (full, full_linear), w0, lam, call)
+        remembered = start.init((begun.w, begun.states[0]), (begun.v, begun.states[1]))
+        memory = _Memory(remembered, Streams.first(call), begun.means)
         _, shapes = solved.eval_shape(memory, jnp.int32(0), lam, *args, **kwargs)
         value, info = blank((shapes.value, shapes.info))
-        return owned(HypergradientState(value, w0, v0, info, memory, jnp.int32(0)))
+        return owned(HypergradientState(value, begun.w, begun.v, info, memory, jnp.int32(0)))
 
     return Hypergradient(init, update, outer, phi)
