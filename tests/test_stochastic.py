@@ -480,8 +480,27 @@ class TestOuterLoops:
         corrected = [seen.corrected(jnp.int32(i), now[i]) for i in range(5)]
         assert_close(sum(c for c, _ in corrected) / 5, now.mean(0), 1e-12)
         for i, (_, after) in enumerate(corrected):
-            assert_close(after.mean, after.rows.mean(0), 1e-12)
-            assert_close(after.rows, rows.at[i].set(now[i]), 1e-12)
+            moved, stayed = after(jnp.asarray(False)), after(jnp.asarray(True))
+            assert_close(moved.mean, moved.rows.mean(0), 1e-12)
+            assert_close(moved.rows, rows.at[i].set(now[i]), 1e-12)
+            chex.assert_trees_all_equal(stayed, seen)
+
+    def test_the_tables_of_saba_are_written_in_place_under_scan(self):
+        rows, size = 100, 200
+        hypergrad = fg.saba(outer, PHI)
+        source = fg.minibatches((jnp.ones((rows, size)), jnp.ones(rows)), 1)
+        lam = jnp.zeros(size)
+        state = hypergrad.init(lam, lam, source)
+
+        def steps(state):
+            def body(state, _):
+                _, state = hypergrad.update(state, lam, source)
+                return state, None
+
+            return jax.lax.scan(body, state, None, length=3)[0]
+
+        account = jax.jit(steps, donate_argnums=0).lower(state).compile().memory_analysis()
+        assert account.temp_size_in_bytes < state.memory.draws.phi.rows.r_w.nbytes
 
 
 @functools.cache

@@ -85,14 +85,16 @@ class _Draws(NamedTuple):
 
     Attributes:
         first: `(call, of_phi, of_outer) -> draws`, from the shapes of directions.
-        directions: `(at, w, v, draws) -> (of_phi, of_outer, draws)`.
-        passed_over: `(before, after) -> draws` where an update failed: the next one gets other batches.
+        directions: `(at, w, v, draws) -> (of_phi, of_outer, after)`, where `after(failed)` is what to
+            remember: after a failed update too the next one gets other batches.
         check: `(call)`, raising where the sources do not serve.
     """
 
     first: Callable[[Call, _OfPhi, _OfOuter], PyTree]
-    directions: Callable[[Stochastic, PyTree, PyTree, PyTree], tuple[_OfPhi, _OfOuter, PyTree]]
-    passed_over: Callable[[PyTree, PyTree], PyTree]
+    directions: Callable[
+        [Stochastic, PyTree, PyTree, PyTree],
+        tuple[_OfPhi, _OfOuter, Callable[[jax.Array], PyTree]],
+    ]
     check: Callable[[Call], None]
 
 
@@ -158,16 +160,15 @@ def soba(
 
     def directions(
         at: Stochastic, w: PyTree, v: PyTree, streams: Streams
-    ) -> tuple[_OfPhi, _OfOuter, Streams]:
+    ) -> tuple[_OfPhi, _OfOuter, Callable[[jax.Array], Streams]]:
         streams = streams.resumed(at.call)
         zeta, of_phi = at.call.draw(streams.phi)
         xi, of_outer = at.call.draw(streams.outer)
-        return _of_phi(at, zeta, w, v), _of_outer(at, xi, w), Streams(of_phi, of_outer)
+        return _of_phi(at, zeta, w, v), _of_outer(at, xi, w), lambda _: Streams(of_phi, of_outer)
 
     draws = _Draws(
         lambda call, *_: Streams.first(call),
         directions,
-        lambda _, after: after,
         lambda call: check_given("soba", call, {"phi": 1, "outer": 1}),
     )
     options = (optimizer, linear_optimizer, on_failure, monitor)
@@ -242,10 +243,7 @@ def saba(
             "by `batches_per_step`."
         )
 
-    def passed_over(before: _Tables, after: _Tables) -> _Tables:
-        return before._replace(draws=after.draws)
-
-    draws = _Draws(_Tables.first, _from_tables, passed_over, _check_blocks)
+    draws = _Draws(_Tables.first, _from_tables, _check_blocks)
     options = (optimizer, linear_optimizer, on_failure, monitor)
     return _single_loop("saba", outer, phi, draws, *options)
 
@@ -281,11 +279,13 @@ def _single_loop(
         grad = enforce(policy, LOWER_STAGE, lower, grad)
         grad = enforce(policy, STAGE, of_v, grad)
 
-        moved = _Memory(at.join_w(new_w), at.join_w(new_v), state, linear, after, memory.means)
-        stayed = memory._replace(draws=draws.passed_over(memory.draws, after))
-        kept = tree.where(passed_over(policy, lower, of_v), stayed, moved)
+        # What was drawn is kept out of the choice, which would copy SABA's tables.
+        moved = _Memory(at.join_w(new_w), at.join_w(new_v), state, linear, (), memory.means)
+        failed = passed_over(policy, lower, of_v)
+        kept = owned(tree.where(failed, memory._replace(draws=()), moved))
+        kept = kept._replace(draws=after(failed))
         info = HypergradientInfo(lower, of_v)
-        new = HypergradientState(of_outer.value, moved.w, moved.v, info, owned(kept), jnp.int32(0))
+        new = HypergradientState(of_outer.value, moved.w, moved.v, info, kept, jnp.int32(0))
         return at.join_gradient(grad), new
 
     def update(
@@ -342,16 +342,32 @@ class _Seen(NamedTuple):
         rows = jax.tree.map(lambda s: jnp.zeros((number, *s.shape), s.dtype), shapes)
         return cls(rows, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
-    def corrected(self, i: jax.Array, now: PyTree) -> tuple[PyTree, "_Seen"]:
-        """The corrected direction of block i, and what is seen from now on."""
+    def corrected(self, i: jax.Array, now: PyTree) -> tuple[PyTree, Callable[[jax.Array], "_Seen"]]:
+        """The corrected direction of block i; what is seen from now on, unless the update failed."""
         number = jax.tree.leaves(self.rows)[0].shape[0]
-        before = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), self.rows)
-        change = tree.sub(now, before)
-        rows = jax.tree.map(
-            lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), self.rows, now
+        # Read once, in a branch of its own: a read that XLA repeats where it is used, so after the row
+        # is written as well, would cost a copy of the table.
+        before = lax.cond(
+            i >= 0,
+            lambda: jax.tree.map(
+                lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), self.rows
+            ),
+            lambda: tree.zeros_like(self.mean),
         )
-        mean = jax.tree.map(lambda m, c: m + c / number, self.mean, change)
-        return tree.add(self.mean, change), _Seen(rows, mean)
+        change = tree.sub(now, before)
+
+        def after(failed: jax.Array) -> _Seen:
+            row, mean = tree.where(
+                failed,
+                (before, self.mean),
+                (now, jax.tree.map(lambda m, c: m + c / number, self.mean, change)),
+            )
+            rows = jax.tree.map(
+                lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), self.rows, row
+            )
+            return _Seen(rows, mean)
+
+        return tree.add(self.mean, change), after
 
 
 class _Tables(NamedTuple):
@@ -379,7 +395,7 @@ class _Tables(NamedTuple):
 
 def _from_tables(
     at: Stochastic, w: PyTree, v: PyTree, tables: _Tables
-) -> tuple[_OfPhi, _OfOuter, _Tables]:
+) -> tuple[_OfPhi, _OfOuter, Callable[[jax.Array], _Tables]]:
     lower, upper = _sources(at.call)
     (i,), of_i = _blocks(lower).draw(tables.draws[0])
     (j,), of_j = _blocks(upper).draw(tables.draws[1])
@@ -396,7 +412,7 @@ def _from_tables(
     batch, of_outer = call_with(i, j), call_with(j, j)
     of_phi_now, phi = tables.phi.corrected(i, _of_phi(at, batch, w, v))
     of_outer_now, seen = tables.outer.corrected(j, _of_outer(at, of_outer, w))
-    return of_phi_now, of_outer_now, _Tables(phi, seen, (of_i, of_j))
+    return of_phi_now, of_outer_now, lambda failed: _Tables(phi(failed), seen(failed), (of_i, of_j))
 
 
 def _sources(call: Call) -> tuple[Minibatches, Minibatches]:
