@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 import fixedgrad as fg
 
@@ -446,4 +447,6 @@ def draw(path: Path, panels: list[Panel]) -> None:
                 axes_.axhline(panel.target - low, color="#999999", linewidth=0.8)
             column[0].set(title=panel.name)
             column[1].set(xscale="log")
+            # Under two decades matplotlib labels the ticks between powers of ten, one over the other.
+            column[1].xaxis.set_minor_formatter(NullFormatter())
             column[0].legend(fontsize=7)
