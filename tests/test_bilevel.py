@@ -713,10 +713,50 @@ def test_a_step_that_overflows_is_not_taken(entry):
     assert not bool(state.stopped)
 
 
+LINE_SEARCHES = {
+    "lbfgs": optax.lbfgs(),
+    "backtracking": optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=20)
+    ),
+}
+
+
 @pytest.mark.usefixtures("as_users_run")
-def test_a_line_search_is_refused_with_what_the_loop_gives():
-    loop = fg.bilevel(of_halved(), optax.lbfgs())
-    with pytest.raises(TypeError, match="value_fn") as caught:
+@pytest.mark.parametrize("name", LINE_SEARCHES)
+def test_a_line_search_is_served_with_values_and_their_derivative(name):
+    ridge = hypergrad_of(RIDGE, fg.aid(fg.cg(num_steps=40)), start=fg.warm())
+    loop = fg.bilevel(ridge, LINE_SEARCHES[name])
+    state, history = loop.run(loop.init(RIDGE.w0, RIDGE.lam), num_steps=30)
+    f = history.value
+    assert np.all(np.diff(f) <= 1e-6 * f[0])
+    exact = np.linalg.norm(ravel_pytree(RIDGE.gradient(state.lam))[0])
+    assert exact <= 1e-2 * history.gradient_norm[0]
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_a_line_search_keeps_out_of_where_a_lower_level_fails():
+    def phi(w, lam):
+        return 0.5 * w + jnp.where(lam < 1.4, lam, jnp.nan)
+
+    hypergrad = fg.hypergradient(
+        to_three, phi, fg.picard(phi, max_steps=90, rtol=1e-12), fg.aid(fg.dense())
+    )
+    loop = fg.bilevel(hypergrad, LINE_SEARCHES["backtracking"])
+    state, history = loop.run(loop.init(0.0, 0.2), num_steps=20)
+    assert not bool(state.stopped)
+    assert 1.3 <= state.lam < 1.4
+    assert np.all(np.diff(history.value) <= 0)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_an_optimiser_that_asks_for_what_is_not_there_is_told_what_is():
+    def update(updates, state, params=None, *, hessian, **extra):
+        del params, hessian, extra
+        return updates, state
+
+    optimizer = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    loop = fg.bilevel(of_halved(), optimizer)
+    with pytest.raises(TypeError, match="hessian") as caught:
         loop.step(loop.init(0.0, 1.0))
     assert any("gives the optimiser gradients" in note for note in caught.value.__notes__)
 

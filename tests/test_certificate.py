@@ -112,6 +112,51 @@ def test_the_gradient_is_that_of_the_lagrangian(certify, solution):
     np.testing.assert_allclose(c.residual_w, jnp.linalg.norm(w - phi(w, LAM)), rtol=1e-12)
 
 
+@pytest.mark.parametrize("distance", [3e-1, 1e-2, 1e-4, 1e-6])
+def test_the_error_of_the_value_is_within_a_factor_far_and_near(certify, solution, distance):
+    f, v = outer(solution, LAM), exact_v(phi, outer, solution, LAM)
+    for seed in range(4):
+        at = away(solution, seed, distance), away(v, seed + 9, distance)
+        c = certify(*at, LAM)
+        error = abs(c.value - f)
+        np.testing.assert_allclose(
+            c.value, outer(at[0], LAM) - at[1] @ (at[0] - phi(at[0], LAM)), rtol=1e-12
+        )
+        assert error <= c.value_error <= 1.5 * error
+        assert error <= 20 * distance * abs(outer(at[0], LAM) - f)
+        assert abs(c.polished_value - f) <= min(c.value_remainder, 0.1 * error)
+
+
+def test_near_the_solution_the_error_of_the_value_is_its_rounding(certify, solution):
+    v = exact_v(phi, outer, solution, LAM)
+    for seed in range(4):
+        c = certify(away(solution, seed, 1e-13), away(v, seed, 1e-13), LAM)
+        assert abs(c.value - outer(solution, LAM)) <= c.value_error
+        assert c.value_error <= 1e-14 * abs(c.value)
+
+
+def test_the_value_is_f_to_second_order_where_w_is_complex():
+    def spiral(w, lam):
+        return 0.4 * jnp.conj(w) ** 2 + 0.3j * w + lam
+
+    def size(w, lam):
+        return jnp.sum(jnp.abs(w - 1.0j) ** 4) + jnp.real(lam[0])
+
+    lam = jnp.array([0.1 + 0.2j, -0.3j])
+    w, _ = fg.newton(spiral, max_steps=50, rtol=1e-14).with_info(jnp.zeros_like(lam), lam)
+    direction = jnp.array([0.6 - 0.2j, 0.3 + 0.7j])
+    errors = []
+    for distance in (1e-2, 1e-3):
+        at = w + distance * direction
+        hypergrad = fg.hypergradient(size, spiral, lambda w0, lam, at=at: at, fg.aid(fg.dense()))
+        _, state = hypergrad.update(hypergrad.init(at, lam), lam)
+        errors.append(abs(state.corrected_value - size(w, lam)))
+        c = fg.certify(size, spiral, at, state.v, lam)
+        np.testing.assert_allclose(c.value, state.corrected_value, rtol=1e-14)
+        assert errors[-1] <= c.value_error <= 2 * errors[-1]
+    assert errors[1] <= 0.015 * errors[0]
+
+
 def test_the_parts_tell_which_stage_is_to_blame(certify, solution):
     v = exact_v(phi, outer, solution, LAM)
     from_w = certify(away(solution, 1, 1e-4), v, LAM)
@@ -316,6 +361,7 @@ def test_the_proved_tier_is_never_below_the_error(prove, solution, truth):
         assert c.valid
         assert bool(c.proved)
         assert np.linalg.norm(c.gradient - truth) <= c.error
+        assert abs(c.value - outer(solution, LAM)) <= c.value_error
 
 
 def test_a_wrong_contraction_constant_is_contradicted(prove, solution):
@@ -390,6 +436,37 @@ def test_certified_and_polished_share_one_certificate_in_the_state(truth):
     np.testing.assert_array_equal(c.gradient, g)
     assert later.error == c.error  # Not renewed at the second update.
     assert np.linalg.norm(better - truth) <= 0.2 * error
+
+
+@pytest.mark.slow
+def test_the_state_has_the_corrected_value_and_what_it_may_err_by(truth, solution):
+    f = outer(solution, LAM)
+    plain = fg.hypergradient(
+        outer, phi, fg.picard(phi, num_steps=8), fg.aid(fg.fp(num_steps=8)), on_failure="ignore"
+    )
+    states = {}
+    for name, hypergrad in {
+        "plain": plain,
+        "certified": fg.certified(plain),
+        "polished": fg.polished(plain),
+        "adaptive": fg.adaptive_hypergradient(outer, phi, rtol=0.1),
+    }.items():
+        _, states[name] = hypergrad.update(hypergrad.init(jnp.zeros(SIZE), LAM), LAM)
+    error = {name: abs(state.corrected_value - f) for name, state in states.items()}
+    assert states["plain"].value_error is None
+    assert error["plain"] < 1e-2 * abs(states["plain"].value - f)
+    assert states["certified"].corrected_value == states["plain"].corrected_value
+    assert error["certified"] <= states["certified"].value_error <= 2 * error["certified"]
+    assert error["polished"] <= 0.01 * error["certified"]
+    for name in ("polished", "adaptive"):
+        assert error[name] <= states[name].certificate.value_remainder
+
+
+@pytest.mark.parametrize("estimator", [fg.itd(), fg.truncated_itd(num_steps=3)])
+def test_without_v_there_is_no_corrected_value(estimator):
+    hypergrad = fg.hypergradient(outer, phi, fg.picard(phi, num_steps=8), estimator)
+    _, state = hypergrad.update(hypergrad.init(jnp.zeros(SIZE), LAM), LAM)
+    assert state.corrected_value is None
 
 
 @pytest.mark.slow

@@ -6,12 +6,14 @@ method to a tolerance: `fixedgrad.certify` at (w_t, v), and the truth by dense a
     error/true   the estimate over the true error, where the certificate says that it is valid
     coverage     how often that is at least 1, with its 95 % Clopper–Pearson interval
     polished     the error of the corrected hypergradient over that of the plain one
+    value        the same of L(w, v) = E − ⟨v, w − Φ(w)⟩ as a value of f
     cost         products of the certificate over those of a CG (or GMRES) hypergradient at 10⁻³:
                  Picard steps and linear solve, each to that tolerance; then over the latter alone
 
 `--full` takes all families, at least 300 cases of each, two of them in float32 as well, and the
 adaptive form on four.
-Not counted are cases whose relative error is below 10⁻¹¹ (float32: 10⁻⁶), where the truth ends.
+Not counted are cases whose relative error is below 10⁻¹¹ (float32: 10⁻⁶), where the truth ends; for
+values 10⁻¹³ (10⁻⁵).
 """
 
 import argparse
@@ -38,6 +40,7 @@ PyTree = Any
 _TOLERANCES = (1e-1, 1e-3, 1e-6)
 _REQUESTS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 _FLOOR = {"float64": 1e-11, "float32": 1e-6}
+_VALUE_FLOOR = {"float64": 1e-13, "float32": 1e-5}
 _DEFAULT = ("logistic regression", "heavy-ball map", "tanh equilibrium", "quadratic")
 _ADAPTIVE = ("logistic regression", "heavy-ball map", "tanh equilibrium", "Poisson regression")
 _SINGLE = ("logistic regression", "tanh equilibrium")
@@ -51,6 +54,16 @@ _HEADER = (
     "valid",
     "polished",
     "cost",
+)
+_VALUE_HEADER = (
+    "family",
+    "dtype",
+    "cases",
+    "E − f, relative",
+    "corrected",
+    "error/true 0 5 50 95 100 %",
+    "coverage [95 %]",
+    "polished covered",
 )
 
 
@@ -86,6 +99,8 @@ def main(options: argparse.Namespace) -> int:
     bounds = literature(key, rows=1000 if options.full else 100) if not options.quick else {}
 
     text = report.table(_HEADER, [cells(row) for row in rows])
+    of_values = report.table(_VALUE_HEADER, [value_cells(row) for row in rows])
+    text += f"\n\nvalues\n{of_values}"
     print(f"\n{text}\n")
     (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
     claims = report.Claims()
@@ -119,6 +134,7 @@ def measure(family: Family, keys: jax.Array, dtype: str) -> dict[str, np.ndarray
         w0, lam, data = problem
         exact = families.truth(family, *families.double(problem), steps=20_000)
         size = _norm(exact.gradient)
+        f = family.outer(exact.w, *families.double((lam, data)))
         picard = fg.picard(family.phi, max_steps=100_000, rtol=1e-3, on_failure="ignore")
         _, lower = picard.with_info(w0, lam, data)
 
@@ -149,10 +165,17 @@ def measure(family: Family, keys: jax.Array, dtype: str) -> dict[str, np.ndarray
             plain, polished = error(c.gradient), error(c.polished)
             products = jnp.asarray(sum(c.products), float)
             linear = (num_steps + 2).astype(float)
+            value = jnp.abs(c.value.astype(float) - f)
+            uncorrected = jnp.abs(family.outer(w, lam, data).astype(float) - f)
+            beyond = jnp.abs(c.polished_value.astype(float) - f)
             return {
                 "true": plain,
                 "ratio": c.error.astype(float) / size / plain,
                 "polished": polished / plain,
+                "value": value / jnp.abs(f),
+                "value_ratio": c.value_error.astype(float) / value,
+                "value_plain": uncorrected / jnp.abs(f),
+                "value_remainder": beyond <= c.value_remainder.astype(float),
                 "valid": c.valid,
                 "reason": c.status,
                 # One linearisation and one product with Bᵀ besides the solve.
@@ -172,6 +195,8 @@ def summary(family: Family, found: dict[str, np.ndarray], dtype: str) -> dict[st
     usable = found["trusted"] & (found["true"] > _FLOOR[dtype])
     valid = usable & found["valid"]
     covered, count = int((found["ratio"][valid] >= 1).sum()), int(valid.sum())
+    of_value = valid & (found["value"] > _VALUE_FLOOR[dtype])
+    values, value_covered = int(of_value.sum()), int((found["value_ratio"][of_value] >= 1).sum())
     reasons, counts = np.unique(found["reason"][usable], return_counts=True)
     return {
         "family": family.name,
@@ -188,6 +213,15 @@ def summary(family: Family, found: dict[str, np.ndarray], dtype: str) -> dict[st
         "polished": _percentiles(found["polished"][valid], (50, 95)),
         "cost": _percentiles(found["cost"][usable], (50, 95)),
         "cost_linear": _percentiles(found["cost_linear"][usable], (50, 95)),
+        "values": {
+            "cases": values,
+            "relative_error": _percentiles(found["value_plain"][of_value], (0, 100)),
+            "corrected": _percentiles((found["value"] / found["value_plain"])[of_value], (50, 95)),
+            "ratio": _percentiles(found["value_ratio"][of_value], (0, 5, 50, 95, 100)),
+            "coverage": value_covered / max(values, 1),
+            "interval": _interval(value_covered, values),
+            "polished_covered": float(found["value_remainder"][valid].mean()) if count else 1.0,
+        },
         "reasons": {
             fg.CertificateStatus(int(r)).name: int(n) for r, n in zip(reasons, counts, strict=True)
         },
@@ -207,6 +241,22 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['valid']:.0%}",
         f"{row['polished'][0]:.1g}",
         f"{row['cost'][0]:.2f}, {row['cost_linear'][0]:.1f}",
+    ]
+
+
+def value_cells(row: dict[str, Any]) -> list[str]:
+    """The row of the table of values."""
+    of = row["values"]
+    low, high = of["relative_error"]
+    return [
+        row["family"],
+        row["dtype"],
+        str(of["cases"]),
+        f"{low:.0e} to {high:.1g}",
+        f"{of['corrected'][0]:.1g}",
+        " ".join(f"{x:.2f}" for x in of["ratio"]),
+        f"{of['coverage']:.1%} [{of['interval'][0]:.1%}, {of['interval'][1]:.1%}]",
+        f"{of['polished_covered']:.1%}",
     ]
 
 
@@ -361,6 +411,16 @@ def check_families(claims: report.Claims, rows: list[dict[str, Any]]) -> None:
             f"{name}: error/true has its median in [0.8, 1.6] and its 95 % point below 3",
             0.8 <= row["ratio"][2] <= 1.6 and row["ratio"][3] <= 3,
             f"{row['ratio'][2]:.2f}, {row['ratio'][3]:.2f}",
+            required=required,
+        )
+        of = row["values"]
+        few = of["cases"] < 183
+        claims.check(
+            f"{name}: values are covered in at least 99 %, with error/true in [0.8, 2] in the median",
+            of["coverage"] >= 0.99
+            and (of["interval"][0] >= 0.98 or few)
+            and 0.8 <= of["ratio"][2] <= 2,
+            f"{of['coverage']:.2%}, {of['ratio'][2]:.2f}",
             required=required,
         )
         if row["convex"]:

@@ -180,7 +180,7 @@ def aid(linear_solver: LinearSolver = _AUTO) -> Estimator:
     def vjp(equation: Equation, w: PyTree, x: PyTree, w_bar: PyTree, solve: Solve) -> Backward:
         at = equation.vjp(w, x)
         v, info = solve(linear_solver, at.j, w_bar)
-        return Backward(at.b(v), v, info)
+        return Backward(at.b(v), v, info, at.residual)
 
     def jvp(equation: Equation, w: PyTree, x: PyTree, x_dot: PyTree, solve: Solve) -> PyTree:
         at = equation.jvp(w, x)

@@ -72,7 +72,7 @@ class HypergradientState(NamedTuple):
     """What the next update needs, and what a person wants to see of the last one.
 
     Attributes:
-        value: f = E(w, λ) at the last update; infinite before the first.
+        value: E(w, λ) at the last update; infinite before the first.
         w: The lower-level iterate; the starting point before the first update.
         v: The solution of (I − Jᵀ) v = ∇₁E; zero before, `None` where the estimator has none.
         info: `HypergradientInfo` of the last update.
@@ -81,6 +81,9 @@ class HypergradientState(NamedTuple):
         certificate: A `Certificate`, for hypergradients made by `certified` and its like.
         kept: The preconditioner of the linear solver, where it has one that is made from products; that
             of an adaptive form is (I − J)⁻¹ as a matrix, where one pays.
+        corrected_value: E − ⟨v, w − Φ(w)⟩, which is f to second order in the errors of w and v, where
+            `value` is so to first; of forms that correct the gradient, as they correct it. `None`
+            without a v.
     """
 
     value: jax.Array
@@ -91,6 +94,12 @@ class HypergradientState(NamedTuple):
     num_updates: jax.Array
     certificate: Any = None
     kept: Any = None
+    corrected_value: Any = None
+
+    @property
+    def value_error(self) -> jax.Array | None:
+        """What `corrected_value` may err by, where there is a certificate: an estimate."""
+        return None if self.certificate is None else self.certificate.value_error
 
     def __repr__(self) -> str:
         # Inside JAX a state may hold anything in the place of its leaves.
@@ -279,7 +288,12 @@ def hypergradient(
         # Of its own, where `record` kept w and v: two leaves of a state must not share a buffer.
         info = HypergradientInfo(lower, back.info)
         memory, kept = owned((memory, kept))
-        new = HypergradientState(value, w, v, info, memory, jnp.int32(0), None, kept)
+        corrected = None
+        if not (back.v is None or back.residual is None):
+            corrected = value - equation.space(w_x).pairing(back.v, back.residual).astype(
+                value.dtype
+            )
+        new = HypergradientState(value, w, v, info, memory, jnp.int32(0), None, kept, corrected)
         return join_gradient(grad), new
 
     def update(
@@ -297,9 +311,13 @@ def hypergradient(
         memory = start.init(w0, zeros_like_inexact(w0))
         _, shapes = solved.eval_shape(memory, None, lam, *args, **kwargs)
         check_same("hypergradient", w0, shapes.w, "`w0`", SOLVED)
-        value, info, kept = blank((shapes.value, shapes.info, shapes.kept))
+        value, info, kept, corrected = blank(
+            (shapes.value, shapes.info, shapes.kept, shapes.corrected_value)
+        )
         v = None if shapes.v is None else zeros_like_inexact(w0)
-        return owned(HypergradientState(value, w0, v, info, memory, jnp.int32(0), None, kept))
+        return owned(
+            HypergradientState(value, w0, v, info, memory, jnp.int32(0), None, kept, corrected)
+        )
 
     return Hypergradient(init, update, outer, phi)
 

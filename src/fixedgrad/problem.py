@@ -15,7 +15,7 @@ import optax
 from .compiled import Compiled, compiled_for
 from .errors import check_callable, check_same, check_scalar
 from .leaves import fresh, partition, phi_hint, settled_lam, split_lam, started, traced_once
-from .real_form import Space, norm, norms, random_signs, real_dtype
+from .real_form import Space, norm, norms, pairing, random_signs, real_dtype
 from .types import Jacobian, MatVec, Outer, Phi, PyTree, ResidualMap
 
 tree = optax.tree
@@ -27,10 +27,12 @@ class Linearised(NamedTuple):
     Attributes:
         j: u ↦ J u, or in reverse mode u ↦ Jᵀ u.
         b: ẋ ↦ B ẋ, or in reverse mode v ↦ Bᵀ v.
+        residual: w − Φ(w).
     """
 
     j: Jacobian
     b: MatVec
+    residual: PyTree
 
 
 class Form(enum.Enum):
@@ -128,39 +130,51 @@ class Equation(NamedTuple):
 
     def vjp(self, w: PyTree, x: PyTree) -> Linearised:
         """Products with Jᵀ and Bᵀ."""
-        _, pull = jax.vjp(self.function, w, x)
-        return self._linearised(lambda u: pull(u)[0], lambda u: pull(u)[1], transposed=True)
+        value, pull = jax.vjp(self.function, w, x)
+        residual = value if self.by_residual else tree.sub(w, value)
+        return self._linearised(
+            lambda u: pull(u)[0], lambda u: pull(u)[1], residual, transposed=True
+        )
 
     def jvp(self, w: PyTree, x: PyTree) -> Linearised:
         """Products with J and B."""
-        _, push = jax.linearize(self.function, w, x)
+        value, push = jax.linearize(self.function, w, x)
+        residual = value if self.by_residual else tree.sub(w, value)
         w_zero, x_zero = tree.zeros_like((w, x))
         return self._linearised(
-            lambda u: push(u, x_zero), lambda x_dot: push(w_zero, x_dot), transposed=False
+            lambda u: push(u, x_zero), lambda x_dot: push(w_zero, x_dot), residual, transposed=False
         )
 
-    def _linearised(self, first: MatVec, second: MatVec, *, transposed: bool) -> Linearised:
+    def _linearised(
+        self, first: MatVec, second: MatVec, residual: PyTree, *, transposed: bool
+    ) -> Linearised:
         if not self.by_residual:
-            return Linearised(Jacobian(first, transposed=transposed), second)
+            return Linearised(Jacobian(first, transposed=transposed), second, residual)
         # I − J = ∂₁F and B = −∂₂F.
         j = self.jacobian(first, transposed=transposed)
-        return Linearised(j, lambda u: tree.scale(-1, second(u)))
+        return Linearised(j, lambda u: tree.scale(-1, second(u)), residual)
 
 
 class Gradients(NamedTuple):
     """The residuals of both stages at (w, v), and the hypergradient that v gives.
 
     Attributes:
+        value: E.
         r_w: w − Φ(w).
         r_v: ∇₁E − (I − Jᵀ)v.
         gradient: ĝ = ∇₂E + Bᵀv.
         b: ∇₁E.
     """
 
+    value: jax.Array
     r_w: PyTree
     r_v: PyTree
     gradient: PyTree
     b: PyTree
+
+    def lagrangian(self, v: PyTree) -> jax.Array:
+        """L = E − ⟨v, r_w⟩ at this v: f, to second order in the errors of w and v."""
+        return self.value - pairing(v, self.r_w).astype(self.value.dtype)
 
 
 class Adjoint(NamedTuple):
@@ -275,13 +289,13 @@ class Problem(NamedTuple):
 
     def gradients(self, w: PyTree, v: PyTree) -> Gradients:
         """The gradients of the Lagrangian at (w, v), and what they are made of."""
-        b, direct = jax.grad(self.outer, argnums=(0, 1))(w, self.x)
-        value, pull = jax.vjp(self.equation.function, w, self.x)
+        value, (b, direct) = jax.value_and_grad(self.outer, argnums=(0, 1))(w, self.x)
+        image, pull = jax.vjp(self.equation.function, w, self.x)
         of_w, of_x = pull(v)
-        if self.equation.by_residual:  # (I − Jᵀ)v and −Bᵀv.
-            return Gradients(value, tree.sub(b, of_w), tree.sub(direct, of_x), b)
+        if self.equation.by_residual:  # F, (I − Jᵀ)v and −Bᵀv.
+            return Gradients(value, image, tree.sub(b, of_w), tree.sub(direct, of_x), b)
         r_v = tree.add(tree.sub(b, v), of_w)
-        return Gradients(tree.sub(w, value), r_v, tree.add(direct, of_x), b)
+        return Gradients(value, tree.sub(w, image), r_v, tree.add(direct, of_x), b)
 
 
 def compiled_at(

@@ -169,6 +169,11 @@ class Space(NamedTuple):
             [optax.tree.sum(optax.tree.mul(a, b)) for a, b in zip(x, y, strict=True)]
         )
 
+    def pairing(self, v: PyTree, r: PyTree) -> jax.Array:
+        """Re Σ vᵢrᵢ of two pytrees of inexact leaves like w; see `pairing`."""
+        to_real, _ = realified(r)
+        return self.inner(to_real(optax.tree.conj(v)), to_real(r))
+
     def norm(self, x: PyTree) -> jax.Array:
         """‖x‖ of a real form whose entries are of usual size."""
         return jnp.sqrt(self.inner(x, x))
@@ -281,6 +286,11 @@ def inner(x: PyTree, y: PyTree) -> jax.Array:
     """The real inner product Re ⟨x, y⟩ over all leaves, in `real_dtype`."""
     to_real, _ = realified(x)
     return jnp.asarray(optax.tree.vdot(to_real(x), to_real(y)), real_dtype(x))
+
+
+def pairing(v: PyTree, r: PyTree) -> jax.Array:
+    """Re Σ vᵢrᵢ, a cotangent applied to a tangent: JAX conjugates neither."""
+    return inner(optax.tree.conj(v), r)
 
 
 def power_of_two(tree: PyTree, axes: tuple[str, ...] = (), stacked: int | None = None) -> jax.Array:

@@ -313,11 +313,13 @@ class Backward(NamedTuple):
         x_bar: Cotangent of x, all that Φ depends on beside w.
         v: The solution of (I − Jᵀ) v = w̄; `None` for an estimator that solves no such system.
         info: Of that solve; `None` without it.
+        residual: w − Φ(w), which the linearisation at w has at hand; `None` for whoever has not.
     """
 
     x_bar: PyTree
     v: PyTree | None
     info: SolveInfo | None
+    residual: PyTree | None = None
 
 
 class ReverseRule(Protocol):

@@ -14,20 +14,20 @@ from jax.core import Tracer
 
 from ..compiled import Compiled
 from ..errors import check_callable, check_count, check_same, hint, shapes_of, show
-from ..hypergradient import Hypergradient
+from ..failure import zero_where
+from ..hypergradient import Hypergradient, HypergradientState
 from ..leaves import blank, check_arrays, is_weak, owned, partition, settled_lam, strongly_typed
 from ..lower.optimisers import check_optimizer
 from ..monitor import OUTER_STEP, Monitor, check_monitor, emit
 from ..printing import by_name, printed
-from ..real_form import norm, steepest_ascent
+from ..real_form import norm, pairing, steepest_ascent
 from ..types import PyTree, failed, status_of
 from .records import BilevelInfo, BilevelState, StopReason
 from .stop_rules import OfInfoAlone, StopRule
 
 _ASKED = (
-    "`bilevel` gives the optimiser gradients, its state, λ, and the `value` and `grad` at λ. One that "
-    "asks for `value_fn`, such as `optax.lbfgs`, needs a line search in which each trial is a lower "
-    "level solved anew: take `optax.adam`, or `optax.sgd` with momentum."
+    "`bilevel` gives the optimiser gradients, its state, λ, the `value` and `grad` at λ, and a "
+    "`value_fn` of λ. This one asks for more."
 )
 
 
@@ -99,12 +99,15 @@ def bilevel(
 
     Cost: one hypergradient update a step; none once stopped (under `vmap` a stopped loop waits, and
     computes). Memory: the state's, the estimator's, and one `BilevelInfo` a step.
-    When not to use it: for a line search that evaluates f by itself, as in `optax.lbfgs`: it asks for
-    `value_fn`, which is not there.
+    An optimiser with a line search, such as `optax.lbfgs()`, gets f as `value_fn`: to second order in
+    the errors of w and v where there is a v, infinite where an update failed. Each trial is one update,
+    from the w and v at λ where `start` is `warm()`.
+    When not to use it: to have no step size to choose at all, and a line search that knows how wrong
+    its values are: `descent`.
 
     Args:
         hypergrad: The result of `hypergradient` (or anything with the same `init` and `update`).
-        optimizer: An optax optimiser; those that need the value get it as `value`. By default
+        optimizer: An optax optimiser; those that need values get `value`, `grad` and `value_fn`. By default
             `optax.adam(0.1)`, for λ of which a change by 0.1 is small, as for logarithms of penalties.
         project: P, `project(lam) -> lam`, such as `optax.projections.projection_box` partially
             applied; `None` for none.
@@ -161,6 +164,29 @@ def bilevel(
         running = jnp.int32(StopReason.RUNNING)
         return BilevelState(owned(lam), hyper, owned(optimizer_state), jnp.int32(0), running)
 
+    def value_fn(
+        hyper: HypergradientState,
+        args: tuple[PyTree, ...],
+        kwargs: dict[str, PyTree],
+        join: Callable[[PyTree, PyTree], PyTree],
+        rest: PyTree,
+    ) -> Callable[[PyTree], jax.Array]:
+        """f for line searches; its derivative is the hypergradient, each from w and v at λ."""
+        promotion = jax.config.jax_numpy_dtype_promotion  # pyright: ignore[reportAttributeAccessIssue]
+
+        def value(x: PyTree) -> jax.Array:
+            fixed = lax.stop_gradient(x)
+            with jax.numpy_dtype_promotion(promotion):
+                grad, at = hypergrad.update(hyper, join(fixed, rest), *args, **kwargs)
+            grad, value = lax.stop_gradient((partition(grad)[0], _value_of(at)))
+            failed = ~jnp.isfinite(norm(grad))
+            # Infinite where a trial failed: no line search takes it, nor shall a NaN go into the next.
+            grad = zero_where(failed, grad)
+            slope = pairing(grad, optax.tree.sub(x, fixed)).astype(value.dtype)
+            return jnp.where(failed, jnp.inf, value) + slope
+
+        return value
+
     @Compiled
     def step(
         state: BilevelState, /, *args: PyTree, **kwargs: PyTree
@@ -174,7 +200,12 @@ def bilevel(
         # Standard promotion, as optax promotes its own counts.
         with hint(TypeError, text=lambda: _ASKED), jax.numpy_dtype_promotion("standard"):
             updates, optimizer_state = full.update(
-                ascent, state.optimizer, x, value=hyper.value, grad=ascent
+                ascent,
+                state.optimizer,
+                x,
+                value=_value_of(hyper),
+                grad=ascent,
+                value_fn=value_fn(hyper, args, kwargs, join, rest),
             )
         lam = join(optax.apply_updates(x, updates), rest)
         if project is not None:
@@ -250,6 +281,11 @@ def bilevel(
         return state, history if rows == num_steps else _first_rows(history, num_steps)
 
     return Bilevel(init, step, run)
+
+
+def _value_of(hyper: HypergradientState) -> jax.Array:
+    """F, to second order in the errors of w and v where it is known to."""
+    return hyper.value if hyper.corrected_value is None else hyper.corrected_value
 
 
 def _check_optimizer_state(optimizer: optax.GradientTransformation, state: BilevelState) -> None:

@@ -332,7 +332,9 @@ def adaptive_hypergradient(
         kept = solves_with.forgotten(s.kept, is_failure(status))
         value, info = problem.outer(s.w, problem.x), HypergradientInfo(lower, linear)
         memory, kept = owned((memory, kept))
-        return grad, HypergradientState(value, w, v, info, memory, jnp.int32(0), c, kept)
+        corrected = c.polished_value.astype(value.dtype)
+        none = jnp.int32(0)
+        return grad, HypergradientState(value, w, v, info, memory, none, c, kept, corrected)
 
     def update(
         state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
@@ -349,10 +351,11 @@ def adaptive_hypergradient(
         memory = start.init(w0, v_zero)
         _, shapes = solved.eval_shape(memory, None, None, settled_lam(lam, w0), *args, **kwargs)
         # Not w, v and the memory: they may hold keys, and are known.
-        info, certificate, value, kept = blank(
-            (shapes.info, shapes.certificate, shapes.value, shapes.kept)
+        known = ("value", "info", "certificate", "kept", "corrected_value")
+        of_an_update = {name: blank(getattr(shapes, name)) for name in known}
+        state = HypergradientState(
+            w=w0, v=v_zero, memory=memory, num_updates=jnp.int32(0), **of_an_update
         )
-        state = HypergradientState(value, w0, v_zero, info, memory, jnp.int32(0), certificate, kept)
         return owned(state)
 
     return Hypergradient(init, update, outer, phi)
@@ -412,7 +415,7 @@ def _bring_down(
     of_j, of_jt = problem.equation.jvp(w, problem.x).j, problem.equation.vjp(w, problem.x).j
 
     def once(s: _Linear) -> _Linear:
-        _, r_v, _, b = problem.gradients(w, s.v)
+        _, _, r_v, _, b = problem.gradients(w, s.v)
         kept = solves.prepared(s.kept, of_j, w)
         size = norm(r_v)
         target = jnp.maximum(tau, goal * norm(b))

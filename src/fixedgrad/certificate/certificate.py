@@ -56,6 +56,11 @@ class Certificate(NamedTuple):
         remainder: An estimate of ‖g⁺ − ∇f‖; 0 where `proved`.
         gradient: ĝ = ∇₂E + Bᵀv, or the gradient that was given.
         polished: g⁺, the corrected hypergradient; ĝ where `valid` is false or `proved` true.
+        value: L(w, v) = E(w, λ) − ⟨v, w − Φ(w)⟩, which is f to second order in the errors of w and v.
+        value_error: An estimate of |`value` − f|, with the factor `safety` and rounding; an upper bound
+            where `proved`.
+        polished_value: The corrected value, in the place of `value` where `polished` is in that of ĝ.
+        value_remainder: An estimate of |`polished_value` − f|, with the factor `safety` and rounding.
         residual_w: ‖w − Φ(w)‖.
         residual_v: ‖∇₁E − (I − Jᵀ)v‖.
         products: The `Products` that it cost.
@@ -74,6 +79,10 @@ class Certificate(NamedTuple):
     remainder: jax.Array
     gradient: PyTree
     polished: PyTree
+    value: jax.Array
+    value_error: jax.Array
+    polished_value: jax.Array
+    value_remainder: jax.Array
     residual_w: jax.Array
     residual_v: jax.Array
     products: Products

@@ -61,7 +61,7 @@ def certified(
     True
     """
     options = Options(solve_rtol, safety, make_linear_solver)
-    return _with_certificate("certified", hypergrad, every, options, lambda grad, _: grad)
+    return _with_certificate("certified", hypergrad, every, options, lambda *kept: kept[:2])
 
 
 @printed
@@ -103,10 +103,11 @@ def polished(
     8.0
     """
 
-    def choose(grad: PyTree, certificate: Certificate) -> PyTree:
+    def choose(grad: PyTree, value: PyTree, certificate: Certificate) -> tuple[PyTree, PyTree]:
         # A gradient that the policy made NaN stays NaN.
         failed = ~jnp.isfinite(norm(grad))
-        return tree.where(failed, grad, certificate.polished)
+        value = None if value is None else certificate.polished_value.astype(value.dtype)
+        return tree.where(failed, grad, certificate.polished), value
 
     options = Options(solve_rtol, safety, make_linear_solver)
     return _with_certificate("polished", hypergrad, 1, options, choose)
@@ -117,7 +118,7 @@ def _with_certificate(
     hypergrad: Hypergradient,
     every: int,
     options: Options,
-    choose: Callable[[PyTree, Certificate], PyTree],
+    choose: Callable[[PyTree, PyTree, Certificate], tuple[PyTree, PyTree]],
 ) -> Hypergradient:
     if not isinstance(hypergrad, Hypergradient):
         raise TypeError(
@@ -153,7 +154,9 @@ def _with_certificate(
                     lambda: kept,
                 )
             )
-        return placed_like(choose(grad, certificate), lam), state._replace(certificate=certificate)
+        grad, value = choose(grad, state.corrected_value, certificate)
+        state = state._replace(certificate=certificate, corrected_value=value)
+        return placed_like(grad, lam), state
 
     @Compiled
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> HypergradientState:

@@ -63,7 +63,10 @@ def certify(
 
         error = safety (‖ĝ − g⁺‖ + ‖est_last‖ θ / (1 − θ)) + rounding.
 
-    It is an estimate. `valid` is false where something speaks against it: see `CertificateStatus`.
+    L itself is f to second order, with the error ⟨r_v − ½ h_w, e_w⟩ to third: `value` is L(w, v), and
+    `value_error` what it differs by from L at the last pair less that pair's estimate.
+
+    These are estimates. `valid` is false where something speaks against it: see `CertificateStatus`.
 
     Assumed, not checked: that the fixed point near w is the one that is meant, but for `REPELLED`.
 
@@ -181,6 +184,9 @@ def assess(
     # A comparison with NaN is false, and may have ended a solve at once with a correction of 0.
     error = jnp.where(jnp.isfinite(p.r_w + p.r_v + norm(gradient)), error, jnp.nan)
 
+    value_error = safety * (jnp.abs(p.value - s.value_end) + s.value_rest) + p.value_noise
+    value_error = jnp.where(jnp.isfinite(error + p.value), value_error, jnp.nan)
+
     unexplained = jnp.maximum(s.change - whole, s.rest)
     status = status_of(
         CertificateStatus.VALID,
@@ -204,6 +210,10 @@ def assess(
         remainder=s.rest,
         gradient=problem.join_gradient(gradient),
         polished=problem.join_gradient(polished),
+        value=p.value,
+        value_error=value_error,
+        polished_value=jnp.where(valid, s.value_end, p.value),
+        value_remainder=jnp.where(valid, safety * s.value_rest + p.value_noise, value_error),
         residual_w=p.r_w,
         residual_v=p.r_v,
         products=s.products._replace(jt=jt),
@@ -228,5 +238,11 @@ def objected(certificate: Certificate, repels: jax.Array) -> Certificate:
         certificate.gradient,
         certificate.polished,
     )
-    valid = certificate.valid & ~objection
-    return certificate._replace(valid=valid, status=status, polished=polished)
+    c = certificate
+    return c._replace(
+        valid=c.valid & ~objection,
+        status=status,
+        polished=polished,
+        polished_value=jnp.where(objection, c.value, c.polished_value),
+        value_remainder=jnp.where(objection, c.value_error, c.value_remainder),
+    )

@@ -5,7 +5,12 @@ residual r_v = ∇₁E − Aᵀv and the hypergradient ĝ = ∇₂E + Bᵀv. One
 
     e_w = A⁻¹ r_w,    (h_w, h_λ) = d/dw ∇_{w,λ}L [e_w],    e_v = A⁻ᵀ (h_w − r_v),
 
-gives w⁺ = w − e_w, v⁺ = v − e_v and, to first order, ĝ − ∇f = h_λ + Bᵀe_v.
+gives w⁺ = w − e_w, v⁺ = v − e_v and, to first order, ĝ − ∇f = h_λ + Bᵀe_v. L itself is stationary at
+the solution, so that by the trapezoidal rule along the way there
+
+    L(w, v) − f = ½ (⟨r_v, e_w⟩ − ⟨r_w, e_v⟩) = ⟨r_v − ½ h_w, e_w⟩     to second order,
+
+since ⟨r_w, e_v⟩ = ⟨A e_w, e_v⟩ = ⟨e_w, h_w − r_v⟩.
 """
 
 from collections.abc import Callable
@@ -20,7 +25,9 @@ from ..problem import Problem
 from ..real_form import (
     LAST_DIGITS,
     VALUE,
+    norms,
     nudged,
+    pairing,
     random_signs,
     ratio,
     resolution,
@@ -50,6 +57,12 @@ class Estimate(NamedTuple):
         size: ‖ĝ‖.
         size_lower: ‖lower‖.
         size_linear: ‖linear‖.
+        value: L(w, v).
+        value_error: ⟨r_v − h_w/2, e_w⟩, what L(w, v) − f is to third order.
+        value_bound: ‖e_w‖ (‖r_v‖ + ‖h_w‖/2), above the size of that.
+        value_noise: The part of L that may be rounding.
+        value_missed: What `value_error` may miss by, as e_w solves loosely.
+        size_e_w: ‖e_w‖.
         terms: ‖ĝ‖ + ‖Bᵀv‖, the size of the terms of ĝ.
         noise: The part of ‖ĝ‖ that may be rounding.
         solves: The `LooseSolves` of this pass.
@@ -72,6 +85,12 @@ class Estimate(NamedTuple):
     size: jax.Array
     size_lower: jax.Array
     size_linear: jax.Array
+    value: jax.Array
+    value_error: jax.Array
+    value_bound: jax.Array
+    value_noise: jax.Array
+    value_missed: jax.Array
+    size_e_w: jax.Array
     terms: jax.Array
     noise: jax.Array
     solves: LooseSolves
@@ -93,6 +112,8 @@ class RefinedEstimate(NamedTuple):
     Attributes:
         first: The first `Estimate`.
         end: The corrected gradient after the last pass.
+        value_end: The corrected value, an estimate of f.
+        value_rest: An estimate of the error of `value_end`.
         change: The size of the last correction.
         rest: An estimate of the error of `end`.
         reduction_w: The largest ratio of ‖w − Φ(w)‖ after a pass to that before, rounding aside.
@@ -108,6 +129,8 @@ class RefinedEstimate(NamedTuple):
 
     first: Estimate
     end: PyTree
+    value_end: jax.Array
+    value_rest: jax.Array
     change: jax.Array
     rest: jax.Array
     reduction_w: jax.Array
@@ -146,11 +169,12 @@ def dual_weighted(
     """
     norm, norms = problem.norm, problem.norms
     # ∇L in one linearisation: its tangent gives A = I − J and h, its transpose is not needed.
-    (r_w, r_v, g, b), tangent = jax.linearize(lambda u: problem.gradients(u, v), w)
+    at_v, tangent = jax.linearize(lambda u: problem.gradients(u, v), w)
+    value, r_w, r_v, g, b = at_v
     of_phi = problem.equation.vjp(w, problem.x)
     eps = VALUE * resolution(w)
     of_w, of_image, left_w, left_v, of_b, of_v = norms(w, tree.sub(w, r_w), r_w, r_v, b, v)
-    noise_w, size_a = _noise(problem, w, r_w, of_w + of_image, lambda u: tangent(u)[0])
+    noise_w, size_a = _noise(problem, w, r_w, of_w + of_image, lambda u: tangent(u).r_w)
     # A residual below the noise says nothing, zero least of all: noise of that size takes its place.
     at_floor = left_w <= 2 * noise_w
     direction = jax.tree.map(lambda x, s: s * x, w, random_signs(w))
@@ -160,13 +184,13 @@ def dual_weighted(
     size_w = norm(r_w)
     rtol = jnp.asarray(rtol, size_w.dtype)
     rtol_w = rtol * jnp.minimum(1.0, ratio(before.residual_w, size_w))
-    at_w = problem.equation.jacobian(lambda u: tangent(u)[0])
+    at_w = problem.equation.jacobian(lambda u: tangent(u).r_w)
     first_w = jnp.asarray(once) | (before.amplification_w > 0)
     of_w_solve = loosely(norm, make_linear_solver, at_w, r_w, rtol_w, once, first_w)
     e_w = of_w_solve.x
-    _, h_w, h_x, _ = tangent(e_w)
+    _, _, h_w, h_x, _ = tangent(e_w)
     both_sides = tree.sub(h_w, r_v)
-    of_h_w, of_both = norms(h_w, both_sides)
+    of_h_w, of_both, size_e_w = norms(h_w, both_sides, e_w)
 
     # Of the two right-hand sides the second only serves to tell the parts apart: a rough solve.
     right = left_v + of_h_w
@@ -233,6 +257,12 @@ def dual_weighted(
         size,
         size_lower,
         size_linear,
+        at_v.lagrangian(v).astype(size.dtype),
+        pairing(tree.sub(r_v, tree.scale(0.5, h_w)), e_w).astype(size.dtype),
+        size_e_w * (left_v + 0.5 * of_h_w),
+        _value_noise(value, eps, w, v, b).astype(size.dtype),
+        of_w_solve.amplification * of_w_solve.left * (left_v + 0.5 * of_h_w),
+        size_e_w,
         size + size_b,
         eps * (size + size_b),
         solves,
@@ -241,6 +271,16 @@ def dual_weighted(
         of_w_solve.steps // jnp.maximum(of_w_solve.stages, 1),
         ~(of_w_solve.lost | jnp.any(of_v_solves.lost)),
     )
+
+
+def _value_noise(value: jax.Array, eps: float, w: PyTree, v: PyTree, b: PyTree) -> jax.Array:
+    """The part of L that may be rounding: of E itself, and of w where E and Φ take it.
+
+    The rounding of the entries of w is as if at random, so that squares add.
+    """
+    eps = max(eps, VALUE * resolution(value))
+    of_w = norms(tree.mul(w, b), tree.mul(w, v))
+    return eps * (jnp.abs(value) + jnp.sum(of_w).astype(value.dtype))
 
 
 def _noise(
@@ -309,7 +349,8 @@ def refine(
         reduction_v = ratio(jnp.maximum(p.r_v - noise_v, 0.0), before.right)
         theta = ratio(change, s.change)
         # The geometric series of the corrections to come.
-        rest = change * jnp.minimum(theta, 1.0) / jnp.maximum(1 - theta, 0.1)
+        series = jnp.minimum(theta, 1.0) / jnp.maximum(1 - theta, 0.1)
+        rest = change * series
         zero = jnp.zeros_like(change)
         return (
             i + 1,
@@ -317,6 +358,8 @@ def refine(
             RefinedEstimate(
                 first,
                 end,
+                p.value - p.value_error,
+                p.value_bound * jnp.where(later, series, 1.0) + p.value_missed,
                 change,
                 jnp.where(later, rest, change),
                 jnp.where(later, reduction_w, zero),
@@ -339,7 +382,9 @@ def refine(
     def blank() -> tuple[Estimate, RefinedEstimate]:
         p = run(jnp.int32(0), w, v, no_solves(norm(w)))
         x, no = p.r_w, jnp.asarray(False)
-        return p, RefinedEstimate(p, p.gradient, x, x, x, x, p.solves, no, p.products, no, p.w)
+        return p, RefinedEstimate(
+            p, p.gradient, x, x, x, x, x, x, p.solves, no, p.products, no, p.w
+        )
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(blank))
     before, s = zeros
@@ -352,15 +397,22 @@ def estimate_once(problem: Problem, p: Estimate, before: LooseSolves) -> Refined
 
     One evaluation at (w⁺, v⁺) stands in place of a second pass.
     """
-    r_w, r_v, end, _ = problem.gradients(p.w, p.v)
+    there = problem.gradients(p.w, p.v)
+    _, r_w, r_v, end, _ = there
     correction = tree.add(p.lower, p.linear)
     rest = tree.sub(end, tree.sub(p.gradient, correction))
     size_w, size_v = problem.norms(r_w, r_v)
     change, size_rest = problem.norms(correction, rest)
     one = jnp.int32(1)
+    # ‖e_w‖ and ‖h_w‖ there, as they were here beside ‖r_w‖ and ‖e_w‖.
+    seen = jnp.maximum(before.amplification_w, p.solves.amplification_w)
+    size_e_w = seen * size_w
+    of_h_w = ratio((p.right - p.r_v) * size_e_w, p.size_e_w)
     return RefinedEstimate(
         p,
         end,
+        there.lagrangian(p.v).astype(change.dtype),
+        size_e_w * (size_v + 0.5 * of_h_w),
         change,
         size_rest,
         ratio(jnp.maximum(size_w - 2 * p.noise_w, 0.0), p.r_w),

@@ -106,7 +106,8 @@ def _bound(
 ) -> Certificate:
     """The bound at (w, v), and whether an observation contradicts its constants."""
     w, x = problem.w, problem.x
-    r_w, r_v, g, b = problem.gradients(w, v)
+    at_v = problem.gradients(w, v)
+    value, r_w, r_v, g, b = at_v
     image = tree.sub(w, r_w)
     at, j = problem.equation.vjp(w, x), problem.equation.jvp(w, x).j
     eps = EVALUATION * resolution(w)
@@ -121,13 +122,17 @@ def _bound(
     lower = (eta2 + nu2 * norm(v)) * radius
     lower += (big_l + nu2 * radius) / mu * (eta1 + nu1 * norm(v)) * radius
     linear = (big_l + nu2 * radius) / mu * size_v
+    # f is L(w(λ), v) for any v, and ∇_w L at (w, v) is r_v.
+    lagrangian = at_v.lagrangian(v).astype(dtype)
+    value_error = radius * (size_v + 0.5 * (eta1 + nu1 * norm(v)) * radius)
+    value_error += eps * (jnp.abs(value).astype(dtype) + norm(w) * (norm(b) + norm(v)))
     gradient = g if given is None else given
     distance = jnp.zeros_like(lower) if given is None else norm(tree.sub(given, g))
     rounding = eps * norm(g)
     error = lower + linear + distance + rounding
 
     # What can be observed: two points, two v, and directions that J stretches most.
-    r_w2, r_v2, g2, _ = problem.gradients(image, v)
+    _, r_w2, r_v2, g2, _ = problem.gradients(image, v)
     at2 = problem.equation.vjp(image, x)
     (jt_v, bt_v), (jt_v2, bt_v2) = ((a.j(v), a.b(v)) for a in (at, at2))
     moved = norm(r_w)
@@ -173,6 +178,10 @@ def _bound(
         remainder=jnp.zeros_like(error),
         gradient=gradient,
         polished=gradient,
+        value=lagrangian,
+        value_error=value_error,
+        polished_value=lagrangian,
+        value_remainder=value_error,
         residual_w=moved,
         residual_v=norm(r_v),
         products=Products(jnp.int32(5), jnp.int32(10), jnp.int32(14) + extra_products),
