@@ -1,8 +1,5 @@
 """The loop itself: hypergradient, optax optimiser and projection, in one jitted scan."""
 
-import functools
-import operator
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,29 +7,24 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.core import Tracer
 
 from ..compiled import Compiled
-from ..errors import check_callable, check_count, check_same, hint, shapes_of, show
+from ..errors import check_callable, check_same, hint, shapes_of
 from ..failure import zero_where
 from ..hypergradient import Hypergradient, HypergradientState
-from ..leaves import blank, check_arrays, is_weak, owned, partition, settled_lam, strongly_typed
+from ..leaves import check_arrays, is_weak, owned, partition, settled_lam, strongly_typed
 from ..lower.optimisers import check_optimizer
 from ..monitor import OUTER_STEP, Monitor, check_monitor, emit
 from ..printing import by_name, printed
 from ..real_form import norm, pairing, steepest_ascent
 from ..types import PyTree, failed, status_of
 from .records import BilevelInfo, BilevelState, StopReason
-from .stop_rules import OfInfoAlone, StopRule
+from .runs import run_of
 
 _ASKED = (
     "`bilevel` gives the optimiser gradients, its state, λ, the `value` and `grad` at λ, and a "
     "`value_fn` of λ. This one asks for more."
 )
-
-
-class LoopStoppedWarning(UserWarning):
-    """`run` was given the state of a loop that has ended: no step was taken."""
 
 
 class Bilevel(NamedTuple):
@@ -107,8 +99,9 @@ def bilevel(
 
     Args:
         hypergrad: The result of `hypergradient` (or anything with the same `init` and `update`).
-        optimizer: An optax optimiser; those that need values get `value`, `grad` and `value_fn`. By default
-            `optax.adam(0.1)`, for λ of which a change by 0.1 is small, as for logarithms of penalties.
+        optimizer: An optax optimiser; those that need values get `value`, `grad` and `value_fn`. By
+            default `optax.adam(0.1)`, for λ of which a change by 0.1 is small, as for logarithms of
+            penalties.
         project: P, `project(lam) -> lam`, such as `optax.projections.projection_box` partially
             applied; `None` for none.
         monitor: `monitor(stage, info)`, called on the host with the `BilevelInfo` of each step, in
@@ -171,7 +164,7 @@ def bilevel(
         join: Callable[[PyTree, PyTree], PyTree],
         rest: PyTree,
     ) -> Callable[[PyTree], jax.Array]:
-        """f for line searches; its derivative is the hypergradient, each from w and v at λ."""
+        """The objective for line searches, with the hypergradient as its derivative."""
         promotion = jax.config.jax_numpy_dtype_promotion  # pyright: ignore[reportAttributeAccessIssue]
 
         def value(x: PyTree) -> jax.Array:
@@ -242,49 +235,11 @@ def bilevel(
         num_steps = state.num_steps + taken.astype(jnp.int32)
         return BilevelState(lam, hyper, optimizer_state, num_steps, reason, state.memory), info
 
-    # A program of its own for each loop, not of the module: it is to go when the loop goes.
-    scan = jax.jit(functools.partial(_scan, step), static_argnums=(0, 1, 2))
-
-    def run(
-        state: BilevelState,
-        /,
-        *args: PyTree,
-        num_steps: int,
-        stop: Callable[[BilevelInfo], jax.Array] | StopRule | None = None,
-        metrics: Callable[[BilevelState], PyTree] | None = None,
-        batches: PyTree = None,
-        **kwargs: PyTree,
-    ) -> tuple[BilevelState, BilevelInfo]:
-        """`num_steps` outer steps in one compiled scan, with their history: see `bilevel`."""
-        check_count("run", "num_steps", num_steps)
-        if metrics is not None:
-            check_callable("run", "metrics", metrics, "metrics(state) -> pytree of arrays")
-        for x in jax.tree.leaves(batches):
-            if jnp.shape(x)[:1] != (num_steps,):
-                raise TypeError(
-                    f"`batches` of `run` must have a leading axis of length `num_steps`={num_steps} in "
-                    f"every leaf, got {shapes_of(batches)}; data for all steps go into `*args`."
-                )
-        _warn_if_ended(state)
-        memory: PyTree = ()
-        rule = None
-        if isinstance(stop, StopRule):
-            memory, rule = strongly_typed(stop.init()), stop.update
-        elif stop is not None:
-            check_callable("run", "stop", stop, "stop(info) -> bool array")
-            rule = OfInfoAlone(stop)
-        if shapes_of(state.memory) != shapes_of(memory):  # Another rule, or the first run.
-            state = state._replace(memory=memory)
-        # So that one program serves all runs of up to so many steps, of a power of two or the shortest.
-        rows = num_steps if batches is not None else max(_ROWS, 1 << (num_steps - 1).bit_length())
-        state, history = scan(rule, metrics, rows, num_steps, state, batches, args, kwargs)
-        return state, history if rows == num_steps else _first_rows(history, num_steps)
-
-    return Bilevel(init, step, run)
+    return Bilevel(init, step, run_of(step))
 
 
 def _value_of(hyper: HypergradientState) -> jax.Array:
-    """F, to second order in the errors of w and v where it is known to."""
+    """The objective, to second order in the errors of w and v where there is a v."""
     return hyper.value if hyper.corrected_value is None else hyper.corrected_value
 
 
@@ -305,78 +260,3 @@ def _stays_finite(before: PyTree, after: PyTree) -> jax.Array:
     pairs = zip(*(jax.tree.leaves(partition(x)[0]) for x in (before, after)), strict=True)
     kept = [jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old)) for old, new in pairs]
     return jnp.all(jnp.stack(kept))
-
-
-def _warn_if_ended(state: BilevelState) -> None:
-    """Warns, where numbers can be looked at, that no step will be taken; `TypeError` for no state."""
-    if not isinstance(state, BilevelState):
-        raise TypeError(
-            f"`state` of `run` must be what `init` or the last `run` returned, got {show(state)}."
-        )
-    looked_at = not isinstance(state.reason, Tracer) and jnp.ndim(state.reason) == 0
-    if not looked_at or int(state.reason) == StopReason.RUNNING:
-        return
-    reason = StopReason(int(state.reason))
-    warnings.warn(
-        f"`run` was given a loop that has ended ({reason.name}, after {int(state.num_steps)} steps): "
-        "no step is taken. Go on from its λ with a new state, `init(w0, state.lam)`, or despite all "
-        "with `state._replace(reason=jax.numpy.int32(0))`.",
-        LoopStoppedWarning,
-        stacklevel=3,
-    )
-
-
-_ROWS = 64  # The shortest history that `run` compiles for.
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _first_rows(history: BilevelInfo, num_steps: int) -> BilevelInfo:
-    return jax.tree.map(lambda x: x[:num_steps], history)
-
-
-def _scan(
-    step: Callable[..., tuple[BilevelState, BilevelInfo]],
-    stop: Callable[[PyTree, BilevelInfo], tuple[PyTree, jax.Array]] | None,
-    metrics: Callable[[BilevelState], PyTree] | None,
-    rows: int,
-    num_steps: jax.Array,
-    state: BilevelState,
-    batches: PyTree,
-    args: PyTree,
-    kwargs: PyTree,
-) -> tuple[BilevelState, BilevelInfo]:
-    def take(state: BilevelState, batch: PyTree) -> tuple[BilevelState, BilevelInfo]:
-        data = args if batches is None else (batch, *args)
-        state, info = step(state, *data, **kwargs)
-        if metrics is not None:
-            info = info._replace(metrics=jax.tree.map(jnp.asarray, metrics(state)))
-        if stop is not None:
-            memory, now = stop(state.memory, info)
-            now = jnp.asarray(now)
-            if now.shape != () or now.dtype != jnp.bool_:
-                raise TypeError(
-                    f"`stop` of `run` must return one boolean, got {shapes_of(now)}; compare, as in "
-                    "`info.value < 1e-6`."
-                )
-            going = state.reason == int(StopReason.RUNNING)
-            reason = jnp.where(going & now, jnp.int32(StopReason.RULE), state.reason)
-            state = state._replace(reason=reason, memory=memory)
-            info = info._replace(reason=reason)
-        return state, info
-
-    first = jax.tree.map(operator.itemgetter(0), batches)
-    _, info_like = jax.eval_shape(take, state, first)
-
-    def skip(state: BilevelState, _: PyTree) -> tuple[BilevelState, BilevelInfo]:
-        return state, blank(info_like)._replace(reason=state.reason)
-
-    def body(
-        state: BilevelState, row: tuple[jax.Array, PyTree]
-    ) -> tuple[BilevelState, BilevelInfo]:
-        i, batch = row
-        # Two conditions: the first stays one under `vmap`, where a stopped loop waits.
-        return lax.cond(
-            i < num_steps, lambda *x: lax.cond(state.stopped, skip, take, *x), skip, state, batch
-        )
-
-    return lax.scan(body, state, (jnp.arange(rows), batches))

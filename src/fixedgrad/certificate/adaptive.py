@@ -161,10 +161,55 @@ def adaptive_hypergradient(
     check_count(where, "max_products", max_products)
     check_start(f"`start` of `{where}`", start)
     policy = Policy.of(where, on_failure, monitor)
+    made = to_tolerance(
+        where, outer, phi, max_products, make_linear_solver, solver, start, safety, policy
+    )
 
-    def tolerance(size: jax.Array) -> jax.Array:
-        """On a hypergradient of this norm."""
-        return jnp.maximum(jnp.asarray(rtol, size.dtype) * size, jnp.asarray(atol, size.dtype))
+    def update(
+        state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
+    ) -> tuple[PyTree, HypergradientState]:
+        check_state(state)
+        return made.update(Tolerance(rtol, atol), state, lam, *args, **kwargs)
+
+    return Hypergradient(made.init, update, outer, phi)
+
+
+class Tolerance(NamedTuple):
+    """On a hypergradient: ‖g − ∇f‖ ≤ max(rtol ‖∇f‖, atol)."""
+
+    rtol: Scalar
+    atol: Scalar
+
+    def on(self, size: jax.Array) -> jax.Array:
+        """On one of this norm."""
+        rtol, atol = (jnp.asarray(x, size.dtype) for x in self)
+        return jnp.maximum(rtol * size, atol)
+
+
+class ToTolerance(NamedTuple):
+    """`adaptive_hypergradient` with a tolerance that each update is given.
+
+    Attributes:
+        init: `init(w0, lam, *args, **kwargs) -> state`.
+        update: `update(tolerance, state, lam, *args, **kwargs) -> (grad, state)`.
+    """
+
+    init: Callable[..., HypergradientState]
+    update: Callable[..., tuple[PyTree, HypergradientState]]
+
+
+def to_tolerance(
+    where: str,
+    outer: Outer,
+    phi: Phi,
+    max_products: int,
+    make_linear_solver: Callable[[Scalar], LinearSolver],
+    solver: Solver,
+    start: Start,
+    safety: Scalar,
+    policy: Policy,
+) -> ToTolerance:
+    """The functions of `adaptive_hypergradient`, which documents the options."""
 
     def first_round(
         problem: Problem,
@@ -173,6 +218,7 @@ def adaptive_hypergradient(
         w: PyTree,
         v: PyTree,
         last: Certificate | None,
+        asked: Tolerance,
     ) -> _Round:
         zero = jnp.zeros_like(problem.norm(w))
         solves = no_solves(zero)
@@ -194,7 +240,7 @@ def adaptive_hypergradient(
         tau_w, tau_v = zero, zero
         if last is not None:  # What a residual did to the gradient then it will do to this one.
             size = ratio(last.error, last.relative_error).astype(zero.dtype)
-            share = _SHARE / 2 * tolerance(size) / jnp.asarray(safety, zero.dtype)
+            share = _SHARE / 2 * asked.on(size) / jnp.asarray(safety, zero.dtype)
             per_w, per_v = (
                 ratio(part, residual).astype(zero.dtype)
                 for part, residual in (
@@ -211,12 +257,15 @@ def adaptive_hypergradient(
             w, v, tau_w, tau_v, solves, certificate, spent, kept, none, false, false, false
         )
 
-    def one_round(problem: Problem, solves_with: Plain | Assisted, s: _Round) -> _Round:
+    def one_round(
+        problem: Problem, solves_with: Plain | Assisted, asked: Tolerance, s: _Round
+    ) -> _Round:
         norm = problem.norm
         dtype = norm(s.w).dtype
         # Where no update came before, at first to a relative error of w of half the tolerance, and such
         # a residual of v: as a rule one round will do.
-        goal = jnp.asarray(rtol, dtype)
+        rtol = jnp.asarray(asked.rtol, dtype)
+        goal = rtol
         unknown = (s.rounds == 0) & (s.tau_w == 0)
         goal = jnp.where(unknown, 0.5 * jnp.where(goal > 0, goal, LOOSE), 0.0)
         lower = solve_for_w(
@@ -238,7 +287,7 @@ def adaptive_hypergradient(
         c = estimate_once(problem, p, solves)
         spent = jax.tree.map(jnp.add, spent, c.products)
         certificate = assess(problem, c, None, safety)
-        tol = tolerance(norm(certificate.polished).astype(dtype))
+        tol = asked.on(norm(certificate.polished).astype(dtype))
         met = certificate.valid & (certificate.error <= tol)
         # Where ∇f = 0 no relative tolerance can be met, as what is left is the rounding of the terms
         # that cancel: ∇₂E, Bᵀv, and what w adds to them. It is to be small relative to these.
@@ -246,7 +295,7 @@ def adaptive_hypergradient(
         of_w, of_e_w = problem.norms(w, e_w)
         terms = p.terms + ratio(p.size_lower * of_w, of_e_w)
         only_rounding = certificate.error <= 4 * p.rounding
-        at_floor = only_rounding & (certificate.error <= jnp.asarray(rtol, dtype) * terms)
+        at_floor = only_rounding & (certificate.error <= rtol * terms)
         met_at_floor = certificate.valid & ~met & at_floor
         # A saddle is looked for where all else is well, once as a rule.
         wanted = met | met_at_floor
@@ -297,6 +346,7 @@ def adaptive_hypergradient(
         memory: PyTree,
         kept: PyTree,
         last: Certificate | None,
+        asked: Tolerance,
         lam: PyTree,
         /,
         *args: PyTree,
@@ -315,8 +365,8 @@ def adaptive_hypergradient(
         fresh = solves_with.start(at)  # Other sizes of data, and it may not be of the same kind.
         alike = jax.tree.structure(kept) == jax.tree.structure(fresh)
         kept = kept if alike else fresh
-        s = first_round(problem, solves_with, kept, at, partition(v0)[0], last)
-        s = lax.while_loop(unfinished, lambda s: one_round(problem, solves_with, s), s)
+        s = first_round(problem, solves_with, kept, at, partition(v0)[0], last, asked)
+        s = lax.while_loop(unfinished, lambda s: one_round(problem, solves_with, asked, s), s)
 
         c = s.certificate
         missed = status_where(jnp.isfinite(c.error), Status.MAX_STEPS, Status.NON_FINITE)
@@ -337,11 +387,15 @@ def adaptive_hypergradient(
         return grad, HypergradientState(value, w, v, info, memory, none, c, kept, corrected)
 
     def update(
-        state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
+        asked: Tolerance,
+        state: HypergradientState,
+        lam: PyTree,
+        /,
+        *args: PyTree,
+        **kwargs: PyTree,
     ) -> tuple[PyTree, HypergradientState]:
-        check_state(state)
         last = state.certificate._replace(gradient=None, polished=None)  # They may hold functions.
-        grad, new = solved(state.memory, state.kept, last, lam, *args, **kwargs)
+        grad, new = solved(state.memory, state.kept, last, asked, lam, *args, **kwargs)
         return grad, new._replace(num_updates=state.num_updates + 1)
 
     @Compiled
@@ -349,7 +403,9 @@ def adaptive_hypergradient(
         w0 = started(where, phi, w0, (lam, *args), kwargs)
         v_zero = zeros_like_inexact(w0)
         memory = start.init(w0, v_zero)
-        _, shapes = solved.eval_shape(memory, None, None, settled_lam(lam, w0), *args, **kwargs)
+        _, shapes = solved.eval_shape(
+            memory, None, None, Tolerance(0.1, 0.0), settled_lam(lam, w0), *args, **kwargs
+        )
         # Not w, v and the memory: they may hold keys, and are known.
         known = ("value", "info", "certificate", "kept", "corrected_value")
         of_an_update = {name: blank(getattr(shapes, name)) for name in known}
@@ -358,7 +414,7 @@ def adaptive_hypergradient(
         )
         return owned(state)
 
-    return Hypergradient(init, update, outer, phi)
+    return ToTolerance(init, update)
 
 
 class _Round(NamedTuple):
