@@ -134,7 +134,9 @@ def measure(family: Family, keys: jax.Array, dtype: str) -> dict[str, np.ndarray
         w0, lam, data = problem
         exact = families.truth(family, *families.double(problem), steps=20_000)
         size = _norm(exact.gradient)
-        f = family.outer(exact.w, *families.double((lam, data)))
+        doubled = families.double((lam, data))
+        rest = jax.tree.map(jnp.subtract, exact.w, family.phi(exact.w, *doubled))
+        f = family.outer(exact.w, *doubled) - jnp.vdot(*(ravel_pytree(x)[0] for x in (exact.v, rest)))
         picard = fg.picard(family.phi, max_steps=100_000, rtol=1e-3, on_failure="ignore")
         _, lower = picard.with_info(w0, lam, data)
 

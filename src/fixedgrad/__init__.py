@@ -33,6 +33,8 @@ from .certificate import polished as polished
 from .citation import citation as citation
 from .decorator import fixed_point as fixed_point
 from .decorator import root as root
+from .descent import DescentInfo as DescentInfo
+from .descent import descent as descent
 from .diagnostics import GradientCheck as GradientCheck
 from .diagnostics import Recommendation as Recommendation
 from .diagnostics import check_gradient as check_gradient

@@ -35,6 +35,8 @@ class StopReason(enum.IntEnum):
     - `LINEAR_FAILED`: The hypergradient is not finite, since the linear solve failed.
     - `NON_FINITE`: The hypergradient is not finite although no solve failed: E or a derivative is not.
     - `OVERFLOW`: The step would have made λ infinite or NaN.
+    - `CONVERGED`: `descent` has found λ stationary, to its tolerance.
+    - `NO_DECREASE`: `descent` found no step for which f descends by more than values may err.
     """
 
     RUNNING = 0
@@ -43,6 +45,8 @@ class StopReason(enum.IntEnum):
     LINEAR_FAILED = 3
     NON_FINITE = 4
     OVERFLOW = 5
+    CONVERGED = 6
+    NO_DECREASE = 7
 
 
 class BilevelState(NamedTuple):

@@ -161,28 +161,27 @@ def adaptive_hypergradient(
     check_count(where, "max_products", max_products)
     check_start(f"`start` of `{where}`", start)
     policy = Policy.of(where, on_failure, monitor)
-    made = to_tolerance(
-        where, outer, phi, max_products, make_linear_solver, solver, start, safety, policy
-    )
+    made = to_tolerance(where, outer, phi, make_linear_solver, solver, start, safety, policy)
 
     def update(
         state: HypergradientState, lam: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, HypergradientState]:
         check_state(state)
-        return made.update(Tolerance(rtol, atol), state, lam, *args, **kwargs)
+        return made.update(Tolerance(rtol, atol, max_products), state, lam, *args, **kwargs)
 
     return Hypergradient(made.init, update, outer, phi)
 
 
 class Tolerance(NamedTuple):
-    """On a hypergradient: ‖g − ∇f‖ ≤ max(rtol ‖∇f‖, atol)."""
+    """On a hypergradient: ‖g − ∇f‖ ≤ max(rtol ‖∇f‖, atol), for so many products."""
 
     rtol: Scalar
     atol: Scalar
+    max_products: jax.Array | int
 
     def on(self, size: jax.Array) -> jax.Array:
         """On one of this norm."""
-        rtol, atol = (jnp.asarray(x, size.dtype) for x in self)
+        rtol, atol = (jnp.asarray(x, size.dtype) for x in (self.rtol, self.atol))
         return jnp.maximum(rtol * size, atol)
 
 
@@ -202,7 +201,6 @@ def to_tolerance(
     where: str,
     outer: Outer,
     phi: Phi,
-    max_products: int,
     make_linear_solver: Callable[[Scalar], LinearSolver],
     solver: Solver,
     start: Start,
@@ -269,7 +267,7 @@ def to_tolerance(
         unknown = (s.rounds == 0) & (s.tau_w == 0)
         goal = jnp.where(unknown, 0.5 * jnp.where(goal > 0, goal, LOOSE), 0.0)
         lower = solve_for_w(
-            problem, s.w, s.tau_w, solves_with, s.kept, max_products, goal, s.products
+            problem, s.w, s.tau_w, solves_with, s.kept, asked.max_products, goal, s.products
         )
         w = lower.w
         linear = _bring_down(problem, w, s.v, s.tau_v, solves_with, lower.kept, goal)
@@ -337,8 +335,8 @@ def to_tolerance(
             stuck,
         )
 
-    def unfinished(s: _Round) -> jax.Array:
-        affordable = sum(s.products) < max_products
+    def unfinished(asked: Tolerance, s: _Round) -> jax.Array:
+        affordable = sum(s.products) < asked.max_products
         return ~s.met & ~s.stuck & affordable & (s.rounds < _MAX_ROUNDS)
 
     @Compiled
@@ -366,7 +364,11 @@ def to_tolerance(
         alike = jax.tree.structure(kept) == jax.tree.structure(fresh)
         kept = kept if alike else fresh
         s = first_round(problem, solves_with, kept, at, partition(v0)[0], last, asked)
-        s = lax.while_loop(unfinished, lambda s: one_round(problem, solves_with, asked, s), s)
+        s = lax.while_loop(
+            functools.partial(unfinished, asked),
+            lambda s: one_round(problem, solves_with, asked, s),
+            s,
+        )
 
         c = s.certificate
         missed = status_where(jnp.isfinite(c.error), Status.MAX_STEPS, Status.NON_FINITE)
@@ -404,7 +406,7 @@ def to_tolerance(
         v_zero = zeros_like_inexact(w0)
         memory = start.init(w0, v_zero)
         _, shapes = solved.eval_shape(
-            memory, None, None, Tolerance(0.1, 0.0), settled_lam(lam, w0), *args, **kwargs
+            memory, None, None, Tolerance(0.1, 0.0, 1), settled_lam(lam, w0), *args, **kwargs
         )
         # Not w, v and the memory: they may hold keys, and are known.
         known = ("value", "info", "certificate", "kept", "corrected_value")
