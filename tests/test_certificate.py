@@ -439,7 +439,7 @@ def test_certified_and_polished_share_one_certificate_in_the_state(truth):
 
 
 @pytest.mark.slow
-def test_the_state_has_the_corrected_value_and_what_it_may_err_by(truth, solution):
+def test_the_state_has_the_corrected_value_and_what_it_may_err_by(solution):
     f = outer(solution, LAM)
     plain = fg.hypergradient(
         outer, phi, fg.picard(phi, num_steps=8), fg.aid(fg.fp(num_steps=8)), on_failure="ignore"

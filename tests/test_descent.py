@@ -56,7 +56,8 @@ def check_never_up(history):
     assert np.all(np.diff(value) <= error[1:] + error[:-1])
 
 
-LOOP = fg.descent(outer, phi)
+# A small `rtol`: how many steps an ill-conditioned f takes hangs on the last digits.
+LOOP = fg.descent(outer, phi, rtol=1e-7)
 W0 = jnp.zeros(N)
 
 
@@ -74,8 +75,8 @@ W0 = jnp.zeros(N)
 def test_it_arrives_at_the_minimum_and_no_step_leads_up(condition, scales, start):
     for seed in range(3):
         data = quadratic_problem(seed, condition, scales)
-        lam, least = minimum(data)
-        state, history = LOOP.run(LOOP.init(W0, start * jnp.ones(D), data), data, num_steps=200)
+        _, least = minimum(data)
+        state, history = LOOP.run(LOOP.init(W0, start * jnp.ones(D), data), data, num_steps=300)
         assert StopReason(int(state.reason)) in (StopReason.CONVERGED, StopReason.NO_DECREASE)
         assert exact(state.lam, data) - least <= 2e-3 * abs(least) + 1e-9
         assert abs(state.optimizer.value - exact(state.lam, data)) <= state.optimizer.value_error
@@ -133,10 +134,12 @@ def test_in_a_box_it_finds_what_scipy_finds_with_exact_gradients():
         check_never_up(history)
 
 
+def in_ball(lam):
+    return optax.projections.projection_l2_ball(lam, 0.1)
+
+
 def test_a_projection_keeps_it_on_a_sphere():
-    loop = fg.descent(
-        outer, phi, project=lambda lam: optax.projections.projection_l2_ball(lam, 0.1)
-    )
+    loop = fg.descent(outer, phi, project=in_ball, rtol=1e-8)
     data = quadratic_problem(0)
     state, history = loop.run(loop.init(W0, jnp.zeros(D), data), data, num_steps=100)
     gradient = jax.grad(exact)(state.lam, data)
@@ -150,7 +153,7 @@ def test_a_projection_keeps_it_on_a_sphere():
 
 
 def test_plain_gradient_steps_arrive_too():
-    loop = fg.descent(outer, phi, method="gradient")
+    loop = fg.descent(outer, phi, method="gradient", rtol=1e-6)
     data = quadratic_problem(1)
     state, history = loop.run(loop.init(W0, jnp.zeros(D), data), data, num_steps=400)
     _, least = minimum(data)
@@ -176,8 +179,8 @@ def test_vmap_over_starts_gives_each_its_own():
     _, least = minimum(data)
     for i, start in enumerate(starts):
         alone, _ = run(start)
-        assert exact(states.lam[i], data) - least <= 2e-3 * abs(least)
-        assert abs(int(states.num_steps[i]) - int(alone.num_steps)) <= 10
+        for lam in (states.lam[i], alone.lam):
+            assert exact(lam, data) - least <= 2e-3 * abs(least)
 
 
 def test_what_is_left_is_rounding_and_the_loop_says_so():

@@ -180,6 +180,10 @@ NOT_CALLABLE = {
     ("hypergradient", "outer"): lambda: fg.hypergradient(3, half, half, AID),
     ("hypergradient", "phi"): lambda: fg.hypergradient(loss, 3, half, AID),
     ("hypergradient", "solver"): lambda: fg.hypergradient(loss, half, 3, AID),
+    ("descent", "outer"): lambda: fg.descent(3, half),
+    ("descent", "phi"): lambda: fg.descent(loss, 3),
+    ("descent", "project"): lambda: fg.descent(loss, half, project=3),
+    ("descent", "monitor"): lambda: fg.descent(loss, half, monitor=3),
 }
 CALLABLE_ROWS = [
     Row(
@@ -784,6 +788,11 @@ COLLECTIVE_ROWS.append(
 )
 
 
+def _in_box(bounds):
+    objective = lambda w, lam: jnp.sum(w * lam)  # noqa: E731
+    return fg.descent(objective, lambda w, lam: 0.5 * w + lam, bounds=bounds).init(ONES, ONES)
+
+
 BILEVEL_ROWS = [
     Row(
         "bilevel with a function for a hypergradient",
@@ -870,6 +879,54 @@ BILEVEL_ROWS = [
         ValueError,
         r"`rtol` of `patience` must be a number in \[0, 1\), got 1.0",
         lambda: fg.patience(num_steps=1, rtol=1.0),
+    ),
+    Row(
+        "descent by a method that is none",
+        ValueError,
+        '`method` of `descent` must be "lbfgs" or "gradient", got .adam.',
+        lambda: fg.descent(loss, half, method="adam"),
+    ),
+    Row(
+        "descent in a box and by a projection",
+        ValueError,
+        "`descent` takes one of `bounds` and `project`, got both; a box is best given by `bounds`",
+        lambda: fg.descent(loss, half, bounds=(0.0, 1.0), project=half),
+    ),
+    Row(
+        "descent in a box with one side",
+        TypeError,
+        r"`bounds` of `descent` must be a pair \(lower, upper\) of .*, got 1.0 .*; write `-jnp.inf`",
+        lambda: fg.descent(loss, half, bounds=1.0),
+    ),
+    Row(
+        "descent in an empty box",
+        ValueError,
+        r"`bounds` of `descent` must be \(lower, upper\) with lower <= upper, got \(1.0 .*, 0.0",
+        lambda: fg.descent(loss, half, bounds=(1.0, 0.0)),
+    ),
+    Row(
+        "descent in a box that is not like lam",
+        TypeError,
+        r"`bounds` of `descent` must have the structure of `lam`, or be numbers, got .* for float64\[2",
+        lambda: _in_box(((0.0, 0.0), (1.0, 1.0))),
+    ),
+    Row(
+        "descent to a tolerance of one",
+        ValueError,
+        r"`rtol` of `descent` must be a number in \[0, 1\), got 1.0",
+        lambda: fg.descent(loss, half, rtol=1.0),
+    ),
+    Row(
+        "descent to a negative tolerance",
+        ValueError,
+        "`atol` of `descent` must be a number >= 0, got -1.0",
+        lambda: fg.descent(loss, half, atol=-1.0),
+    ),
+    Row(
+        "descent without memory",
+        ValueError,
+        "`memory` of `descent` must be a positive integer known before tracing, got 0",
+        lambda: fg.descent(loss, half, memory=0),
     ),
 ]
 

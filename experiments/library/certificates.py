@@ -136,7 +136,9 @@ def measure(family: Family, keys: jax.Array, dtype: str) -> dict[str, np.ndarray
         size = _norm(exact.gradient)
         doubled = families.double((lam, data))
         rest = jax.tree.map(jnp.subtract, exact.w, family.phi(exact.w, *doubled))
-        f = family.outer(exact.w, *doubled) - jnp.vdot(*(ravel_pytree(x)[0] for x in (exact.v, rest)))
+        f = family.outer(exact.w, *doubled) - jnp.vdot(
+            *(ravel_pytree(x)[0] for x in (exact.v, rest))
+        )
         picard = fg.picard(family.phi, max_steps=100_000, rtol=1e-3, on_failure="ignore")
         _, lower = picard.with_info(w0, lam, data)
 

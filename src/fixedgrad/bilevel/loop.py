@@ -1,7 +1,7 @@
 """The loop itself: hypergradient, optax optimiser and projection, in one jitted scan."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,11 @@ _ASKED = (
 )
 
 
-class Bilevel(NamedTuple):
-    """The pure functions of the outer loop.
+Info = TypeVar("Info")
+
+
+class Bilevel(NamedTuple, Generic[Info]):
+    """The pure functions of the outer loop; an `Info` is what a step shows.
 
     Attributes:
         init: `init(w0, lam, *args, **kwargs) -> state`.
@@ -39,8 +42,8 @@ class Bilevel(NamedTuple):
     """
 
     init: Callable[..., BilevelState]
-    step: Callable[..., tuple[BilevelState, BilevelInfo]]
-    run: Callable[..., tuple[BilevelState, BilevelInfo]]
+    step: Callable[..., tuple[BilevelState, Info]]
+    run: Callable[..., tuple[BilevelState, Info]]
     name: str = "Bilevel(...)"
 
     def __repr__(self) -> str:
@@ -57,7 +60,7 @@ def bilevel(
     *,
     project: Callable[[PyTree], PyTree] | None = None,
     monitor: Monitor | None = None,
-) -> Bilevel:
+) -> Bilevel[BilevelInfo]:
     """The outer loop min over λ of f(λ): λ ← P(λ + updates), the updates by optax from g(λ).
 
     All three are pure, and each is compiled once: called again with the same shapes it does not compile

@@ -4,6 +4,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from jax.core import Tracer
 from ..errors import check_callable, check_count, shapes_of, show
 from ..leaves import blank, strongly_typed
 from ..types import PyTree
-from .records import BilevelInfo, BilevelState, StopReason
+from .records import BilevelState, StopReason
 from .stop_rules import OfInfoAlone, StopRule
+
+Info = TypeVar("Info")
 
 _ROWS = 64  # The shortest history that `run` compiles for.
 
@@ -24,8 +27,8 @@ class LoopStoppedWarning(UserWarning):
 
 
 def run_of(
-    step: Callable[..., tuple[BilevelState, BilevelInfo]],
-) -> Callable[..., tuple[BilevelState, BilevelInfo]]:
+    step: Callable[..., tuple[BilevelState, Info]],
+) -> Callable[..., tuple[BilevelState, Info]]:
     """The `run` of a loop with this `step`."""
     # A program of its own for each loop, not of the module: it is to go when the loop goes.
     scan = jax.jit(functools.partial(_scan, step), static_argnums=(0, 1, 2))
@@ -35,11 +38,11 @@ def run_of(
         /,
         *args: PyTree,
         num_steps: int,
-        stop: Callable[[BilevelInfo], jax.Array] | StopRule | None = None,
+        stop: Callable[[Any], jax.Array] | StopRule | None = None,
         metrics: Callable[[BilevelState], PyTree] | None = None,
         batches: PyTree = None,
         **kwargs: PyTree,
-    ) -> tuple[BilevelState, BilevelInfo]:
+    ) -> tuple[BilevelState, Any]:
         """`num_steps` outer steps in one compiled scan, with their history: see `bilevel`."""
         check_count("run", "num_steps", num_steps)
         if metrics is not None:
@@ -88,13 +91,13 @@ def _warn_if_ended(state: BilevelState) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _first_rows(history: BilevelInfo, num_steps: int) -> BilevelInfo:
+def _first_rows(history: PyTree, num_steps: int) -> PyTree:
     return jax.tree.map(lambda x: x[:num_steps], history)
 
 
 def _scan(
-    step: Callable[..., tuple[BilevelState, BilevelInfo]],
-    stop: Callable[[PyTree, BilevelInfo], tuple[PyTree, jax.Array]] | None,
+    step: Callable[..., tuple[BilevelState, Any]],
+    stop: Callable[[PyTree, Any], tuple[PyTree, jax.Array]] | None,
     metrics: Callable[[BilevelState], PyTree] | None,
     rows: int,
     num_steps: jax.Array,
@@ -102,8 +105,8 @@ def _scan(
     batches: PyTree,
     args: PyTree,
     kwargs: PyTree,
-) -> tuple[BilevelState, BilevelInfo]:
-    def take(state: BilevelState, batch: PyTree) -> tuple[BilevelState, BilevelInfo]:
+) -> tuple[BilevelState, Any]:
+    def take(state: BilevelState, batch: PyTree) -> tuple[BilevelState, Any]:
         data = args if batches is None else (batch, *args)
         state, info = step(state, *data, **kwargs)
         if metrics is not None:
@@ -125,12 +128,10 @@ def _scan(
     first = jax.tree.map(operator.itemgetter(0), batches)
     _, info_like = jax.eval_shape(take, state, first)
 
-    def skip(state: BilevelState, _: PyTree) -> tuple[BilevelState, BilevelInfo]:
+    def skip(state: BilevelState, _: PyTree) -> tuple[BilevelState, Any]:
         return state, blank(info_like)._replace(reason=state.reason)
 
-    def body(
-        state: BilevelState, row: tuple[jax.Array, PyTree]
-    ) -> tuple[BilevelState, BilevelInfo]:
+    def body(state: BilevelState, row: tuple[jax.Array, PyTree]) -> tuple[BilevelState, Any]:
         i, batch = row
         # Two conditions: the first stays one under `vmap`, where a stopped loop waits.
         return lax.cond(

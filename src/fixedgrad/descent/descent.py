@@ -181,7 +181,7 @@ def descent(
     max_products: int = 20_000,
     make_linear_solver: Callable[[Scalar], LinearSolver] = krylov,
     monitor: Monitor | None = None,
-) -> Bilevel:
+) -> Bilevel[DescentInfo]:
     """The outer loop min over λ of f(λ), with no step size, no t and no k to choose.
 
         λ⁺ = P(λ + α d),   d = −H ĝ  on the entries that no bound holds,
