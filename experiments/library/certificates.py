@@ -179,7 +179,8 @@ def measure(family: Family, keys: jax.Array, dtype: str) -> dict[str, np.ndarray
                 "value": value / jnp.abs(f),
                 "value_ratio": c.value_error.astype(float) / value,
                 "value_plain": uncorrected / jnp.abs(f),
-                "value_remainder": beyond <= c.value_remainder.astype(float),
+                "value_remainder": c.value_remainder.astype(float) / beyond,
+                "value_beyond": beyond / jnp.abs(f),
                 "valid": c.valid,
                 "reason": c.status,
                 # One linearisation and one product with Bᵀ besides the solve.
@@ -200,6 +201,7 @@ def summary(family: Family, found: dict[str, np.ndarray], dtype: str) -> dict[st
     valid = usable & found["valid"]
     covered, count = int((found["ratio"][valid] >= 1).sum()), int(valid.sum())
     of_value = valid & (found["value"] > _VALUE_FLOOR[dtype])
+    beyond = valid & (found["value_beyond"] > _VALUE_FLOOR[dtype])
     values, value_covered = int(of_value.sum()), int((found["value_ratio"][of_value] >= 1).sum())
     reasons, counts = np.unique(found["reason"][usable], return_counts=True)
     return {
@@ -220,11 +222,15 @@ def summary(family: Family, found: dict[str, np.ndarray], dtype: str) -> dict[st
         "values": {
             "cases": values,
             "relative_error": _percentiles(found["value_plain"][of_value], (0, 100)),
-            "corrected": _percentiles((found["value"] / found["value_plain"])[of_value], (50, 95)),
+            "corrected": _percentiles(
+                found["value"][of_value] / found["value_plain"][of_value], (50, 95)
+            ),
             "ratio": _percentiles(found["value_ratio"][of_value], (0, 5, 50, 95, 100)),
             "coverage": value_covered / max(values, 1),
             "interval": _interval(value_covered, values),
-            "polished_covered": float(found["value_remainder"][valid].mean()) if count else 1.0,
+            "polished_covered": float((found["value_remainder"][beyond] >= 1).mean())
+            if beyond.any()
+            else 1.0,
         },
         "reasons": {
             fg.CertificateStatus(int(r)).name: int(n) for r, n in zip(reasons, counts, strict=True)

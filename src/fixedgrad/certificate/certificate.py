@@ -57,10 +57,10 @@ class Certificate(NamedTuple):
         gradient: ĝ = ∇₂E + Bᵀv, or the gradient that was given.
         polished: g⁺, the corrected hypergradient; ĝ where `valid` is false or `proved` true.
         value: L(w, v) = E(w, λ) − ⟨v, w − Φ(w)⟩, which is f to second order in the errors of w and v.
-        value_error: An estimate of |`value` − f|, with the factor `safety` and rounding; an upper bound
-            where `proved`.
+        value_error: An estimate of how far `value` is from f, with the factor `safety` and rounding; an
+            upper bound where `proved`.
         polished_value: The corrected value, in the place of `value` where `polished` is in that of ĝ.
-        value_remainder: An estimate of |`polished_value` − f|, with the factor `safety` and rounding.
+        value_remainder: An estimate of how far `polished_value` is from f, made likewise.
         residual_w: ‖w − Φ(w)‖.
         residual_v: ‖∇₁E − (I − Jᵀ)v‖.
         products: The `Products` that it cost.

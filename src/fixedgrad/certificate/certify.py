@@ -14,6 +14,7 @@ import optax
 
 from ..errors import check_number
 from ..problem import Problem, compiled_at
+from ..real_form import EVALUATION, resolution
 from ..types import LinearSolver, Outer, Phi, PyTree, Scalar, status_of
 from .certificate import Certificate, CertificateStatus, relative, the_pair
 from .dual_weighted import RefinedEstimate, refine
@@ -184,7 +185,9 @@ def assess(
     # A comparison with NaN is false, and may have ended a solve at once with a correction of 0.
     error = jnp.where(jnp.isfinite(p.r_w + p.r_v + norm(gradient)), error, jnp.nan)
 
-    value_error = safety * (jnp.abs(p.value - s.value_end) + s.value_rest) + p.value_noise
+    largest = jnp.maximum(jnp.abs(p.value), jnp.abs(s.value_end))
+    value_noise = p.value_noise + EVALUATION * resolution(p.value) * largest
+    value_error = safety * (jnp.abs(p.value - s.value_end) + s.value_rest) + value_noise
     value_error = jnp.where(jnp.isfinite(error + p.value), value_error, jnp.nan)
 
     unexplained = jnp.maximum(s.change - whole, s.rest)
@@ -213,7 +216,7 @@ def assess(
         value=p.value,
         value_error=value_error,
         polished_value=jnp.where(valid, s.value_end, p.value),
-        value_remainder=jnp.where(valid, safety * s.value_rest + p.value_noise, value_error),
+        value_remainder=jnp.where(valid, safety * s.value_rest + value_noise, value_error),
         residual_w=p.r_w,
         residual_v=p.r_v,
         products=s.products._replace(jt=jt),

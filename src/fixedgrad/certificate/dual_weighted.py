@@ -60,7 +60,7 @@ class Estimate(NamedTuple):
         value: L(w, v).
         value_error: ⟨r_v − h_w/2, e_w⟩, what L(w, v) − f is to third order.
         value_bound: ‖e_w‖ (‖r_v‖ + ‖h_w‖/2), above the size of that.
-        value_noise: The part of L that may be rounding.
+        value_noise: The part of L that may be the rounding of w.
         value_missed: What `value_error` may miss by, as e_w solves loosely.
         size_e_w: ‖e_w‖.
         terms: ‖ĝ‖ + ‖Bᵀv‖, the size of the terms of ĝ.
@@ -170,7 +170,7 @@ def dual_weighted(
     norm, norms = problem.norm, problem.norms
     # ∇L in one linearisation: its tangent gives A = I − J and h, its transpose is not needed.
     at_v, tangent = jax.linearize(lambda u: problem.gradients(u, v), w)
-    value, r_w, r_v, g, b = at_v
+    _, r_w, r_v, g, b = at_v
     of_phi = problem.equation.vjp(w, problem.x)
     eps = VALUE * resolution(w)
     of_w, of_image, left_w, left_v, of_b, of_v = norms(w, tree.sub(w, r_w), r_w, r_v, b, v)
@@ -260,7 +260,7 @@ def dual_weighted(
         at_v.lagrangian(v).astype(size.dtype),
         pairing(tree.sub(r_v, tree.scale(0.5, h_w)), e_w).astype(size.dtype),
         size_e_w * (left_v + 0.5 * of_h_w),
-        _value_noise(value, eps, w, v, b).astype(size.dtype),
+        _value_noise(eps, w, v, b).astype(size.dtype),
         of_w_solve.amplification * of_w_solve.left * (left_v + 0.5 * of_h_w),
         size_e_w,
         size + size_b,
@@ -273,14 +273,12 @@ def dual_weighted(
     )
 
 
-def _value_noise(value: jax.Array, eps: float, w: PyTree, v: PyTree, b: PyTree) -> jax.Array:
-    """The part of L that may be rounding: of E itself, and of w where E and Φ take it.
+def _value_noise(eps: float, w: PyTree, v: PyTree, b: PyTree) -> jax.Array:
+    """The part of L that may be rounding of w, where E and Φ take it; that of E itself comes on top.
 
     The rounding of the entries of w is as if at random, so that squares add.
     """
-    eps = max(eps, VALUE * resolution(value))
-    of_w = norms(tree.mul(w, b), tree.mul(w, v))
-    return eps * (jnp.abs(value) + jnp.sum(of_w).astype(value.dtype))
+    return eps * jnp.sum(norms(tree.mul(w, b), tree.mul(w, v)))
 
 
 def _noise(

@@ -40,14 +40,10 @@ _ACCURACY = 0.1  # Relative error of a hypergradient that is asked for at first.
 _SHARPER = 0.1  # By so much, where a comparison is undecided.
 _VAGUE = 0.3  # A gradient whose relative error is larger gives no direction.
 _SUFFICIENT = 1e-4  # c, Armijo's constant.
-_CALM = (
-    3  # Steps that have to agree that there is little to gain: H knows but a part of the Hessian.
-)
+_CALM = 3  # Steps that have to agree that little is left to gain: H knows a part of the Hessian.
 _MAX_TRIALS = 30  # In one step.
-_PATIENCE, _LEAST = (
-    10,
-    500,
-)  # Products of a trial: so many times those of the costliest so far, and more.
+_PATIENCE = 10  # Products of a trial: so many times those of the costliest λ so far,
+_LEAST = 500  # and so many more.
 _NO_LIMIT = jnp.iinfo(jnp.int32).max
 _FURTHEST = 10.0  # Times the size of λ, of a quasi-Newton step.
 _GROWTH = 4.0  # Of a gradient step where the last one found no positive curvature.
@@ -207,8 +203,8 @@ def descent(
     saved state bit for bit. `state.lam` and the w, v and certificate of `state.hypergrad` belong
     together, which those of `bilevel` do not.
 
-    Assumed, not checked: f is differentiable where the path goes; a `project` is the Euclidean
-    projection onto a convex set.
+    Assumed, not checked: the data of all steps are the same, as the state holds f and ĝ at λ; f is
+    differentiable where the path goes; a `project` is the Euclidean projection onto a convex set.
 
     Cost: one adaptive hypergradient a trial, warm, and about one trial a step: `info.products`. Memory:
     2 · `memory` vectors like λ, and the states of two hypergradients.
@@ -459,11 +455,11 @@ def _searched(
         d = at.direction(s.base, s.pairs, s.reach)
         x = tree.where(s.at_base, s.base.x, at.trial(s.base, d, s.alpha))
         warm = s.at_base | ~s.tried.usable
-        # A trial that takes much longer than λ did is one that went too far.
+        # A trial that takes much longer than λ did went too far.
         budget = jnp.where(s.at_base | ~s.known, _NO_LIMIT, _PATIENCE * m.costliest + _LEAST)
         p = evaluate(s.rtol, budget, tree.where(warm, s.base.hypergrad, s.tried.hypergrad), x)
-        base, tried = tree.where(s.at_base, (p, s.tried), (s.base, p))
-        tried = tree.where(first, p, tried)
+        base = tree.where(s.at_base & (first | p.usable), p, s.base)
+        tried = tree.where(~s.at_base | first, p, s.tried)
 
         step = tree.sub(tried.x, base.x)
         slope, slope_there = inner(base.g, step), inner(tried.g, step)
