@@ -150,12 +150,7 @@ def bilevel(
 
     @Compiled
     def init(w0: PyTree, lam: PyTree, /, *args: PyTree, **kwargs: PyTree) -> BilevelState:
-        check_arrays("bilevel", "lam", lam)
-        hyper = hypergrad.init(w0, lam, *args, **kwargs)
-        if any(map(is_weak, jax.tree.leaves(lam))):  # Python numbers, as wide as w: known only now.
-            lam = settled_lam(lam, hyper.w)
-            hyper = hypergrad.init(w0, lam, *args, **kwargs)
-        lam = strongly_typed(lam)
+        lam, hyper = begun("bilevel", hypergrad.init, w0, lam, args, kwargs)
         optimizer_state = strongly_typed(full.init(partition(lam)[0]))
         running = jnp.int32(StopReason.RUNNING)
         return BilevelState(owned(lam), hyper, owned(optimizer_state), jnp.int32(0), running)
@@ -239,6 +234,23 @@ def bilevel(
         return BilevelState(lam, hyper, optimizer_state, num_steps, reason, state.memory), info
 
     return Bilevel(init, step, run_of(step))
+
+
+def begun(
+    where: str,
+    init: Callable[..., HypergradientState],
+    w0: PyTree,
+    lam: PyTree,
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
+) -> tuple[PyTree, HypergradientState]:
+    """λ as arrays of settled dtypes, and the first state of the hypergradient there."""
+    check_arrays(where, "lam", lam)
+    hyper = init(w0, lam, *args, **kwargs)
+    if any(map(is_weak, jax.tree.leaves(lam))):  # Python numbers, as wide as w: known only now.
+        lam = settled_lam(lam, hyper.w)
+        hyper = init(w0, lam, *args, **kwargs)
+    return strongly_typed(lam), hyper
 
 
 def _value_of(hyper: HypergradientState) -> jax.Array:

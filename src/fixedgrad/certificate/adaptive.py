@@ -65,7 +65,7 @@ _SHARE = 0.7  # Of the tolerance, that both stages are to use.
 
 
 @by_name
-def _stay(w0: PyTree, /, *_: PyTree, **__: PyTree) -> PyTree:
+def stay(w0: PyTree, /, *_: PyTree, **__: PyTree) -> PyTree:
     """The solver that leaves w where it is."""
     return w0
 
@@ -79,7 +79,7 @@ def adaptive_hypergradient(
     atol: Scalar = 0.0,
     max_products: int = 100_000,
     make_linear_solver: Callable[[Scalar], LinearSolver] = krylov,
-    solver: Solver = _stay,
+    solver: Solver = stay,
     start: Start = WARM,
     safety: Scalar = 1.25,
     on_failure: OnFailure = "nan",

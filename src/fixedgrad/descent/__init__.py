@@ -1,4 +1,4 @@
 """The outer loop that descends by what it knows."""
 
 from .descent import descent as descent
-from .records import DescentInfo as DescentInfo
+from .info import DescentInfo as DescentInfo

@@ -65,12 +65,9 @@ def inverse_hessian(pairs: Pairs, g: PyTree, free: PyTree) -> tuple[PyTree, jax.
     rows = jax.tree.leaves(pairs.s)[0].shape[0]
     dtype, eps = real_dtype(g), resolution(g)
 
-    def masked(x: PyTree) -> PyTree:
-        return jax.tree.map(lambda x, f: jnp.where(f, x, jnp.zeros_like(x)), x, free)
-
     def pair(age: jax.Array) -> tuple[PyTree, PyTree, jax.Array, jax.Array]:
         i = (pairs.number - 1 - age) % rows
-        s, y = (masked(jax.tree.map(lambda x: x[i], stack)) for stack in (pairs.s, pairs.y))
+        s, y = (masked(jax.tree.map(lambda x: x[i], stack), free) for stack in (pairs.s, pairs.y))
         product, (size_s, size_y) = inner(s, y), norms(s, y).astype(dtype)
         usable = (age < pairs.number) & (product > eps * size_s * size_y)
         return s, y, jnp.where(usable, ratio(1.0, product), 0.0), ratio(product, size_y**2)
@@ -90,10 +87,15 @@ def inverse_hessian(pairs: Pairs, g: PyTree, free: PyTree) -> tuple[PyTree, jax.
         return _added(z, alphas[age] - rho * inner(y, z), s)
 
     zero = jnp.zeros((), dtype)
-    start = masked(g), jnp.zeros(rows, dtype), zero
+    start = masked(g, free), jnp.zeros(rows, dtype), zero
     q, alphas, scale = lax.fori_loop(0, rows, backward, start)
     z = jax.tree.map(lambda x: jnp.where(scale > 0, scale, 1.0).astype(x.dtype) * x, q)
     return lax.fori_loop(0, rows, lambda j, z: forward(j, z, alphas), z), scale > 0
+
+
+def masked(x: PyTree, free: PyTree) -> PyTree:
+    """The free entries; zero in the place of the others."""
+    return jax.tree.map(lambda x, f: jnp.where(f, x, jnp.zeros_like(x)), x, free)
 
 
 def _added(x: PyTree, factor: jax.Array, y: PyTree) -> PyTree:
